@@ -1,0 +1,83 @@
+"""KVortexConfig: every setting of KVortex, checked once, frozen afterwards."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvortex.core import ConfigError
+
+GIB = 1 << 30
+CONNECTOR_NAME = "KVortexConnector"
+CONNECTOR_MODULE = "kvortex.connector"
+
+
+class KVortexConfig(BaseModel):
+    """Settings of an engine or a vLLM connector.
+
+    Raises:
+        ConfigError: an unknown key, or a value out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    ram_pool_gb: float = Field(
+        default=8.0,
+        gt=0,
+        le=65536,
+        description="Host RAM for KV blocks, in GiB, shared by all ranks of one server.",
+    )
+    num_cuda_streams: int = Field(
+        default=4, ge=1, le=32, description="CUDA streams that carry transfers, per GPU."
+    )
+    eviction_policy: str = Field(
+        default="lru_freq",
+        min_length=1,
+        description="Who chooses the block to forget: lru, lfu, lru_freq, or an installed one.",
+    )
+
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401  (pydantic's own signature)
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(_one_line(error)) from None
+
+    @classmethod
+    def from_extra_config(cls, extra: dict[str, Any] | None) -> Self:
+        """Read vLLM's `kv_connector_extra_config`."""
+        return cls(**(extra or {}))
+
+    @property
+    def ram_pool_bytes(self) -> int:
+        """Size of the host pool in bytes."""
+        return int(self.ram_pool_gb * GIB)
+
+    def kv_transfer_config(self) -> dict[str, Any]:
+        """What vLLM takes as `kv_transfer_config`, ready for JSON.
+
+        A failed load is computed again instead of failing its request: vLLM's own default
+        ("fail") would turn a lost cache block into an error for the user.
+        """
+        return {
+            "kv_connector": CONNECTOR_NAME,
+            "kv_connector_module_path": CONNECTOR_MODULE,
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": self.model_dump(),
+        }
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem as `key=value: reason`, and what would do."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown setting {key}={problem['input']!r}: {_known_settings()}"
+    described = KVortexConfig.model_fields[key]
+    reason = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key}={problem['input']!r}: {reason} (default {described.default!r})"
+
+
+def _known_settings() -> str:
+    return "the settings are " + ", ".join(KVortexConfig.model_fields)

@@ -1,0 +1,262 @@
+"""KVortexConnector: vLLM's connector interface, answered by a SchedulerSide or a WorkerSide."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from kvortex.config import KVortexConfig
+from kvortex.connector.geometry import geometry_of, unsupported
+from kvortex.connector.messages import PlanMessage, ReportMessage
+from kvortex.connector.scheduler_side import SchedulerSide
+from kvortex.connector.stats import CounterDiff, KVortexPromMetrics, KVortexStats
+from kvortex.connector.worker_side import WorkerSide
+from kvortex.core import KVortexError
+from kvortex.host_pool import require_free_memory
+from kvortex.plugins import load_policy
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorPromMetrics,
+        KVConnectorStats,
+    )
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from kvortex.core import StepPlan
+
+logger = logging.getLogger(__name__)
+
+
+class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
+    """Built by vLLM once in the scheduler's process and once in each worker's.
+
+    Supports vLLM 0.26 to 0.33. A model whose KV cache cannot be offloaded runs as if there were
+    no connector, and the log says why.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        _log_like_vllm()
+        extra = self._kv_transfer_config.kv_connector_extra_config
+        self._config = _checked_config(extra, role is KVConnectorRole.SCHEDULER)
+        self._geometry = None
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._counter_diff = CounterDiff()
+        reason = unsupported(kv_cache_config)
+        if reason is None:
+            self._geometry = geometry_of(vllm_config, kv_cache_config)
+        if role is KVConnectorRole.SCHEDULER:
+            self._warn(reason)
+            if self._geometry is not None:
+                self._scheduler = SchedulerSide(self._config, self._geometry)
+
+    # Both sides
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Increases of the scheduler side's counters."""
+        if self._scheduler is None:
+            return None
+        return self._counter_diff.take(self._scheduler.offload.counters)
+
+    def shutdown(self) -> None:
+        """Give memory and streams back. May be called twice."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    # Worker side, in the order of a step
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Open the host pool for these tensors."""
+        if self._geometry is None:
+            return
+        try:
+            self._worker = WorkerSide(self._config, self._geometry, kv_caches)
+        except KVortexError as error:
+            logger.error("KVortex cannot start: %s", error)
+            raise
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Start this step's loads; the model's stream waits for all of them."""
+        if self._worker is not None:
+            self._worker.worker.begin(self._plan())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: the model's stream already waits since `start_load_kv`."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        """Nothing: whole blocks are stored in `wait_for_save`."""
+
+    def wait_for_save(self) -> None:
+        """Start this step's stores, behind the model on the GPU; does not wait."""
+        if self._worker is not None:
+            self._worker.worker.store()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Nothing: loads are synchronous, and stores are reported by block."""
+        return None, None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """GPU blocks that vLLM must compute again."""
+        return self._worker.worker.take_bad_blocks() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """What this rank finished, for `update_connector_output`."""
+        if self._worker is None:
+            return None
+        report = self._worker.worker.report()
+        return ReportMessage(report) if report.finished else None
+
+    # Scheduler side, in the order of a step
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        """Where source blocks of stores are held."""
+        if self._scheduler is not None:
+            self._scheduler.bind_gpu_block_pool(gpu_block_pool)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Tokens that can be loaded, always in the step that schedules the request."""
+        if self._scheduler is None:
+            return 0, False
+        return self._scheduler.match(request, num_computed_tokens), False
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """Plan the load into the request's blocks."""
+        if self._scheduler is not None:
+            self._scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """This step's plan."""
+        if self._scheduler is None:
+            return PlanMessage()
+        return PlanMessage(self._scheduler.plan(scheduler_output))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Take in what the workers finished."""
+        if self._scheduler is not None:
+            self._scheduler.settle(connector_output)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The request's blocks may be freed: stores hold those they read."""
+        if self._scheduler is not None:
+            self._scheduler.finished(request)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """As `request_finished`."""
+        return self.request_finished(request, [])
+
+    def has_pending_push_work(self) -> bool:
+        """Keep the engine stepping, so that transfers are noticed when they end."""
+        return self._scheduler is not None and self._scheduler.offload.pending
+
+    def has_pending_block_frees(self) -> bool:
+        """Whether stores still hold GPU blocks."""
+        return self.has_pending_push_work()
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: no request depends on its stores."""
+        return False
+
+    def reset_cache(self) -> bool | None:
+        """Forget every block, in memory and under way."""
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True
+
+    # Asked of the class, before there is an engine
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """No. As vLLM asks this first, a bad configuration is refused here, before a model loads."""
+        config = _checked_config(extra_config, log=True)
+        require_free_memory(config.ram_pool_gb, config.ram_pool_bytes)
+        return False
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        """Counters as they came over the wire."""
+        return KVortexStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        """Counters for /metrics."""
+        return KVortexPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def _plan(self) -> StepPlan:
+        message = self._get_connector_metadata()
+        assert isinstance(message, PlanMessage)
+        return message.plan
+
+    def _warn(self, reason: str | None) -> None:
+        if reason is not None:
+            logger.warning("KVortex is off for this model: %s.", reason)
+        elif self._kv_transfer_config.kv_load_failure_policy != "recompute":
+            logger.warning(
+                "kv_load_failure_policy is 'fail': a failed load ends its request with an error; "
+                "set it to 'recompute' to have the tokens computed instead."
+            )
+
+
+def _checked_config(extra: dict[str, Any] | None, log: bool) -> KVortexConfig:
+    """Raises ConfigError for a bad setting or an unknown policy, after one line in the log."""
+    try:
+        config = KVortexConfig.from_extra_config(extra)
+        load_policy(config.eviction_policy, capacity=1)
+    except KVortexError as error:
+        if log:
+            logger.error("KVortex cannot start: %s", error)
+        raise
+    return config
+
+
+def _log_like_vllm() -> None:
+    """vLLM gives handlers to its own logger only; ours would be silent below warnings."""
+    own, theirs = logging.getLogger("kvortex"), logging.getLogger("vllm")
+    if not own.handlers and theirs.handlers:
+        own.handlers = list(theirs.handlers)
+        own.setLevel(theirs.getEffectiveLevel())
+        own.propagate = False

@@ -1,0 +1,101 @@
+"""CopyEngine: moves blocks between KV tensors and the host pool. Worker side, one thread.
+
+Here are the interface, the engine for machines without a GPU, and the choice between the two.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvortex.core import Direction, TransferError
+from kvortex.triton_kernels.reference import paged_copy_reference
+
+if TYPE_CHECKING:
+    from kvortex.core import BlockIds
+    from kvortex.host_pool import HostPool
+    from kvortex.layout import Layout
+
+
+class Ticket(ABC):
+    """A copy under way."""
+
+    @property
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether the bytes have arrived; never blocks.
+
+        Raises:
+            TransferError: the copy failed.
+        """
+
+    @abstractmethod
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block the caller until `done`, at most `timeout` seconds; returns `done`."""
+
+
+class CopyEngine(ABC):
+    """Copies whole blocks of one layout. Ids and slots are trusted: callers check them."""
+
+    def __init__(self, layout: Layout, pool: HostPool) -> None:
+        self.layout = layout
+        self.pool = pool
+
+    @abstractmethod
+    def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> Ticket:
+        """Start copying, after all work so far on the caller's current stream.
+
+        Args:
+            direction: STORE from the KV tensors to the slots, LOAD back.
+            block_ids: int64 (n,).
+            slots: int64 (n,).
+
+        Raises:
+            TransferError: nothing was started.
+        """
+
+    @abstractmethod
+    def fence(self, ticket: Ticket) -> None:
+        """Make the caller's current stream wait for a copy; the host does not wait."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let copies end and give streams and pinned buffers back; the pool stays."""
+
+
+class _Arrived(Ticket):
+    done = True
+
+    def wait(self, timeout: float | None = None) -> bool:  # noqa: ARG002  (nothing to wait for)
+        return True
+
+
+class CpuCopyEngine(CopyEngine):
+    """Copies at once with torch, for KV tensors in host memory."""
+
+    def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> Ticket:
+        pages = [(page.view, page.slot_offset) for page in self.layout.pages]
+        ids, places = torch.from_numpy(block_ids), torch.from_numpy(slots)
+        store = direction is Direction.STORE
+        try:
+            paged_copy_reference(pages, ids, places, self.pool.bytes, store=store)
+        except (RuntimeError, IndexError) as error:
+            raise TransferError(f"{direction.value} of {len(ids)} blocks failed: {error}") from error
+        return _Arrived()
+
+    def fence(self, ticket: Ticket) -> None:
+        """Nothing to do: copies are done when `copy` returns."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def open_copy_engine(layout: Layout, pool: HostPool, num_streams: int) -> CopyEngine:
+    """The engine for the device that the KV tensors are on."""
+    if layout.device.type != "cuda":
+        return CpuCopyEngine(layout, pool)
+    from kvortex.cuda_copy_engine import CudaCopyEngine  # needs triton, which a CPU may lack
+
+    return CudaCopyEngine(layout, pool, num_streams)

@@ -1,0 +1,115 @@
+"""Index: which block is in which slot of a tier, and which slots are free. Scheduler side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvortex.core import BlockKey
+
+
+class State(Enum):
+    """A slot's holder is promised bytes, has them, or only waits for its last reader."""
+
+    RESERVED = "reserved"
+    RESIDENT = "resident"
+    CONDEMNED = "condemned"
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A key's hold on one slot. `order` grows with every reservation."""
+
+    key: BlockKey
+    slot: int
+    order: int
+    state: State = State.RESERVED
+    pins: int = 0
+
+
+class Index:
+    """Slots `0 .. num_slots - 1` and the blocks that hold them.
+
+    A key is readable exactly while its block is RESIDENT. Reserved blocks are not in the map, so
+    a key may be stored anew while its older bytes are still being read.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._resident: dict[BlockKey, Block] = {}
+        self._held = 0
+        self._orders = 0
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody holds."""
+        return len(self._free)
+
+    @property
+    def resident(self) -> int:
+        """Slots whose block is readable."""
+        return len(self._resident)
+
+    @property
+    def reserved(self) -> int:
+        """Slots promised to a store, or kept for the last reader of a block already forgotten."""
+        return self._held
+
+    def get(self, key: BlockKey) -> Block | None:
+        """The readable block of a key."""
+        return self._resident.get(key)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._resident.values())
+
+    def reserve(self, key: BlockKey) -> Block:
+        """Give a free slot to a block that shall hold `key`."""
+        self._orders += 1
+        block = Block(key, self._free.pop(), self._orders)
+        self._held += 1
+        return block
+
+    def publish(self, block: Block) -> None:
+        """Make a reserved block the readable one of its key; the key must have none."""
+        assert block.state is State.RESERVED
+        assert block.key not in self._resident
+        self._held -= 1
+        block.state = State.RESIDENT
+        self._resident[block.key] = block
+
+    def forget(self, block: Block) -> None:
+        """Stop a block from being readable; its slot is free once nobody reads it."""
+        if block.state is State.RESIDENT:
+            del self._resident[block.key]
+            self._held += 1
+        block.state = State.CONDEMNED
+        self._free_if_unread(block)
+
+    def pin(self, block: Block) -> None:
+        """Keep a resident block's bytes where they are."""
+        assert block.state is State.RESIDENT
+        block.pins += 1
+
+    def unpin(self, block: Block) -> None:
+        """End one `pin`."""
+        assert block.pins > 0
+        block.pins -= 1
+        if block.state is State.CONDEMNED:
+            self._free_if_unread(block)
+
+    def _free_if_unread(self, block: Block) -> None:
+        if block.pins == 0:
+            self._held -= 1
+            self._free.append(block.slot)
+
+    def check(self) -> None:
+        """Assert the law of conservation and that no slot has two holders."""
+        assert self.free + self.reserved + self.resident == self.num_slots
+        slots = [*self._free, *(block.slot for block in self)]
+        assert len(slots) == len(set(slots))
+        assert all(block.state is State.RESIDENT for block in self)

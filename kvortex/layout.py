@@ -1,0 +1,146 @@
+"""Layout: where each page of a KV block lies on the GPU and in a host slot, from strides alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvortex.core import LayoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+PAGE_ALIGNMENT = 16
+"""Every page starts at a multiple of this in its slot, so that 16-byte accesses stay possible."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One layer's share of every block, as bytes.
+
+    `view` is a uint8 view of the layer's memory, shape (num_blocks, *runs, run_bytes); the last
+    dimension is contiguous. `slot_offset` is where the page starts in a slot, packed.
+    """
+
+    name: str
+    view: torch.Tensor
+    slot_offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the page in one block."""
+        return self.view[0].numel()
+
+    def runs(self) -> Iterator[tuple[int, int, int, int]]:
+        """(address in block 0, block stride, offset in a slot, bytes) of every contiguous run."""
+        *outer, run_bytes = self.view.shape[1:]
+        block_stride, *strides, _ = self.view.stride()
+        for number, where in enumerate(product(*(range(size) for size in outer))):
+            start = sum(i * stride for i, stride in zip(where, strides, strict=True))
+            offset = self.slot_offset + number * run_bytes
+            yield self.view.data_ptr() + start, block_stride, offset, run_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All pages of a block over all layers; a slot holds them one after the other."""
+
+    pages: tuple[Page, ...]
+    num_blocks: int
+    slot_bytes: int
+    block_bytes: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the KV tensors are."""
+        return self.pages[0].view.device
+
+    def run_table(self) -> torch.Tensor:
+        """int64 tensor (runs, 4) on the CPU: the rows of `Page.runs` over all pages."""
+        return torch.tensor([run for page in self.pages for run in page.runs()], dtype=torch.int64)
+
+
+def make_layout(
+    kv_caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], num_blocks: int | None = None
+) -> Layout:
+    """Derive the geometry of the KV tensors of one KV cache group.
+
+    Args:
+        kv_caches: layer name to tensor (or several), any shape and strides, dimension 0 the block.
+            Where dimension 0 is k times `num_blocks`, each block is k adjacent kernel blocks.
+        num_blocks: blocks of the group; by default dimension 0 of the first tensor.
+
+    Raises:
+        LayoutError: no tensors, several devices, or a geometry that cannot be copied by blocks.
+    """
+    named = list(_tensors(kv_caches))
+    if not named:
+        raise LayoutError("no KV tensors to work on: kv_caches is empty")
+    blocks = num_blocks if num_blocks is not None else named[0][1].shape[0]
+    pages: list[Page] = []
+    seen: set[tuple[object, ...]] = set()
+    end = 0
+    for name, tensor in named:
+        view = _byte_view(name, tensor, blocks)
+        identity = (view.data_ptr(), view.shape, view.stride())
+        if identity in seen:  # layers that share one KV cache
+            continue
+        seen.add(identity)
+        pages.append(Page(name, view, end))
+        end += -(-pages[-1].nbytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+    _require_one_device(pages)
+    return Layout(tuple(pages), blocks, end, sum(page.nbytes for page in pages))
+
+
+def _tensors(
+    kv_caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in kv_caches.items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        else:
+            yield from ((f"{name}[{i}]", tensor) for i, tensor in enumerate(value))
+
+
+def _byte_view(name: str, tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """The tensor's memory as uint8 (num_blocks, *runs, run_bytes), outermost run first."""
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise LayoutError(f"{name}: shape {tuple(tensor.shape)}, {tensor.layout}: not plain memory")
+    shown = f"{name}: shape {tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype}"
+    if num_blocks < 1 or tensor.dim() < 1 or tensor.numel() == 0 or tensor.shape[0] % num_blocks:
+        raise LayoutError(f"{shown}: dimension 0 must be a multiple of {num_blocks} blocks")
+    if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise LayoutError(f"{shown}: elements share memory")
+    item = tensor.element_size()
+    per_block = tensor.shape[0] // num_blocks
+    block_stride = tensor.stride(0) * item * per_block
+    dims = [(tensor.stride(0) * item, per_block)]
+    dims += [(s * item, n) for s, n in zip(tensor.stride()[1:], tensor.shape[1:], strict=True)]
+    dims = sorted(dim for dim in dims if dim[1] > 1)
+    run_bytes = item
+    while dims and dims[0][0] == run_bytes:
+        run_bytes *= dims.pop(0)[1]
+    _require_disjoint(shown, [*dims, (block_stride, num_blocks)], run_bytes)
+    strides = [block_stride, *(stride for stride, _ in reversed(dims)), 1]
+    shape = [num_blocks, *(size for _, size in reversed(dims)), run_bytes]
+    storage = tensor.untyped_storage()
+    view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return view.set_(storage, tensor.storage_offset() * item, shape, strides)
+
+
+def _require_disjoint(shown: str, dims: list[tuple[int, int]], run_bytes: int) -> None:
+    """Sorted by stride, each dimension must step over all that lies below it."""
+    extent = run_bytes
+    for stride, size in sorted(dim for dim in dims if dim[1] > 1):
+        if stride < extent:
+            raise LayoutError(f"{shown}: blocks or their parts overlap in memory")
+        extent += stride * (size - 1)
+
+
+def _require_one_device(pages: list[Page]) -> None:
+    devices = {page.view.device for page in pages}
+    if len(devices) > 1:
+        raise LayoutError(f"KV tensors on several devices: {sorted(map(str, devices))}")

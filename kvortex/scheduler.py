@@ -1,0 +1,170 @@
+"""OffloadScheduler: matches prefixes, writes each StepPlan and settles each StepReport.
+
+Runs in vLLM's scheduler process, on its thread; imports neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvortex.core import Direction, Job, StepPlan, StepReport
+from kvortex.metrics import Counters
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvortex.core import BlockKey
+    from kvortex.index import Block
+    from kvortex.tiers import HostTier
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A job that workers have not finished yet, and the blocks it holds in the tier."""
+
+    job: Job
+    direction: Direction
+    blocks: list[Block]
+    ranks_left: int
+    failed: bool = False
+    discard: bool = False
+    """A store whose source may hold wrong bytes, or which was made before a reset."""
+
+
+class OffloadScheduler:
+    """Decides what moves. Bytes are readable only after every rank reported its store."""
+
+    def __init__(self, tier: HostTier, num_ranks: int = 1) -> None:
+        self.tier = tier
+        self.counters = Counters()
+        self._num_ranks = num_ranks
+        self._flights: dict[int, Flight] = {}
+        self._new: dict[Direction, list[Job]] = {Direction.STORE: [], Direction.LOAD: []}
+        self._lost: list[int] = []
+        self._next_job_id = 0
+        self._logged: set[str] = set()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a job is planned or under way."""
+        return bool(self._flights)
+
+    def match(self, keys: Sequence[BlockKey]) -> int:
+        """How many leading keys are readable."""
+        for count, key in enumerate(keys):
+            if self.tier.lookup(key) is None:
+                return count
+        return len(keys)
+
+    def wants(self, key: BlockKey) -> bool:
+        """Whether a store of the key would add anything: it is neither readable nor arriving."""
+        return self.tier.lookup(key) is None and not self.tier.is_arriving(key)
+
+    def store(self, keys: Sequence[BlockKey], block_ids: Sequence[int]) -> Job | None:
+        """Plan to keep blocks; as many leading ones as slots can be had for.
+
+        The source blocks must stay as they are until `settle` returns the job.
+        """
+        blocks = self.tier.reserve(keys)
+        self.counters.refused_stores += len(keys) - len(blocks)
+        return self._plan(Direction.STORE, blocks, block_ids[: len(blocks)]) if blocks else None
+
+    def load(self, keys: Sequence[BlockKey], block_ids: Sequence[int]) -> Job | None:
+        """Plan to bring readable blocks back; ids whose key is gone are reported as lost."""
+        found = [(self.tier.lookup(key), block_id) for key, block_id in zip(keys, block_ids)]
+        self._lost += [block_id for block, block_id in found if block is None]
+        blocks = [block for block, _ in found if block is not None]
+        self.tier.pin(blocks)
+        ids = [block_id for block, block_id in found if block is not None]
+        return self._plan(Direction.LOAD, blocks, ids) if blocks else None
+
+    def take_plan(self, has_forward: bool = True) -> StepPlan:
+        """Everything planned since the last call, for the workers."""
+        loads, stores = self._new[Direction.LOAD], self._new[Direction.STORE]
+        plan = StepPlan(tuple(loads), tuple(stores), has_forward, tuple(self._lost))
+        self._new = {Direction.STORE: [], Direction.LOAD: []}
+        self._lost = []
+        return plan
+
+    def settle(self, report: StepReport) -> list[Flight]:
+        """Take in what workers finished; returns the jobs that every rank is done with.
+
+        A failed load means that the model may have computed from wrong bytes: every store then
+        under way is discarded when it arrives.
+        """
+        for job_id in report.failed & self._flights.keys():
+            self._flights[job_id].failed = True
+        if any(self._is_failed_load(job_id) for job_id in report.failed):
+            self.discard_stores()
+        done = [flight for job_id, n in report.finished.items() if (flight := self._land(job_id, n))]
+        for flight in done:
+            self._end(flight)
+        return done
+
+    def discard_stores(self) -> None:
+        """Let no store that is now under way become readable."""
+        for flight in self._flights.values():
+            flight.discard = flight.discard or flight.direction is Direction.STORE
+
+    def reset(self) -> None:
+        """Forget every block, also those that are only arriving."""
+        self.discard_stores()
+        self.tier.clear()
+
+    def _plan(self, direction: Direction, blocks: list[Block], ids: Sequence[int]) -> Job:
+        slots = np.fromiter((block.slot for block in blocks), np.int64, len(blocks))
+        job = Job(self._next_job_id, np.asarray(ids, np.int64), slots)
+        self._next_job_id += 1
+        self._flights[job.id] = Flight(job, direction, blocks, self._num_ranks)
+        self._new[direction].append(job)
+        return job
+
+    def _is_failed_load(self, job_id: int) -> bool:
+        flight = self._flights.get(job_id)
+        return flight is not None and flight.direction is Direction.LOAD
+
+    def _land(self, job_id: int, ranks: int) -> Flight | None:
+        """Count ranks off; the flight if this was the last one."""
+        flight = self._flights.get(job_id)
+        if flight is None:
+            return None
+        flight.ranks_left -= ranks
+        return self._flights.pop(job_id) if flight.ranks_left <= 0 else None
+
+    def _end(self, flight: Flight) -> None:
+        if flight.direction is Direction.LOAD:
+            self._end_load(flight)
+        else:
+            self._end_store(flight)
+
+    def _end_load(self, flight: Flight) -> None:
+        self.tier.unpin(flight.blocks)
+        if not flight.failed:
+            self.counters.loaded_blocks += len(flight.blocks)
+            return
+        self.counters.failed_loads += len(flight.blocks)
+        self.tier.forget(flight.blocks)
+        self._log_once("A load failed; its tokens are computed again and its blocks forgotten.")
+
+    def _end_store(self, flight: Flight) -> None:
+        if not flight.failed and not flight.discard:
+            self.tier.commit(flight.blocks)
+            self.counters.stored_blocks += len(flight.blocks)
+            return
+        self.tier.abort(flight.blocks)
+        if flight.failed:
+            self.counters.failed_stores += len(flight.blocks)
+            self._log_once("A store failed; its blocks are not kept.")
+        else:
+            self.counters.discarded_stores += len(flight.blocks)
+
+    def _log_once(self, message: str) -> None:
+        if message not in self._logged:
+            self._logged.add(message)
+            logger.warning("%s Later ones are only counted.", message)

@@ -1,0 +1,94 @@
+"""What all tests share: hypothesis profiles, the kernel's interpreter, the device, the leak check."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests find their helpers in any import mode
+
+RELAXED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("default", max_examples=100, deadline=None, suppress_health_check=RELAXED)
+settings.register_profile(
+    "ci", settings.get_profile("default"), derandomize=True, database=None, print_blob=True
+)
+settings.register_profile("nightly", settings.get_profile("default"), max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "default"))
+
+
+def _import_kernel() -> None:
+    """Without a GPU the kernel is interpreted, and only it: the variable is gone before vLLM looks."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+        import triton  # noqa: F401  (its own library stays compiled)
+
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        import kvortex.triton_kernels.paged_copy  # noqa: F401
+
+
+_import_kernel()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "vllm: needs an installed vLLM")
+
+
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(
+    scope="session", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the KV tensors are."""
+    name: str = request.param
+    if name == "cuda":
+        torch.zeros(1, device=name)  # what CUDA keeps open from now on is no test's leak
+    return torch.device(name)
+
+
+def _threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.is_alive()}
+
+
+def _files() -> set[tuple[str, str]]:
+    """Open file descriptors and what they are; not those of the GPU's driver."""
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = str(link.readlink())
+            if not target.startswith(("/dev/nvidia", "/proc/", "anon_inode:")):
+                found.add((link.name, target))
+    return found
+
+
+def _left_over(
+    threads: set[threading.Thread], files: set[tuple[str, str]]
+) -> list[threading.Thread | tuple[str, str]]:
+    return [*(_threads() - threads), *(_files() - files)]
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test leaves no thread and no file behind; vLLM's own tests are not held to it."""
+    threads, files = _threads(), _files()
+    yield
+    if request.node.get_closest_marker("vllm"):
+        return
+    deadline = time.monotonic() + 2
+    while left := _left_over(threads, files):
+        gc.collect()
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind: {left}")
+        time.sleep(0.01)

@@ -1,0 +1,110 @@
+"""KVortexConfig: what is refused, how the refusal reads, and the way through vLLM's JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvortex
+from kvortex import ConfigError, KVortexConfig
+
+REFUSED: list[tuple[str, Any, str]] = [
+    ("ram_pool_gb", 0, "greater than 0"),
+    ("ram_pool_gb", -1.5, "greater than 0"),
+    ("ram_pool_gb", 65537, "less than or equal to 65536"),
+    ("ram_pool_gb", float("nan"), "finite number"),
+    ("ram_pool_gb", float("inf"), "finite number"),
+    ("ram_pool_gb", "many", "valid number"),
+    ("ram_pool_gb", None, "valid number"),
+    ("num_cuda_streams", 0, "greater than or equal to 1"),
+    ("num_cuda_streams", 33, "less than or equal to 32"),
+    ("num_cuda_streams", 1.5, "valid integer"),
+    ("eviction_policy", "", "at least 1 character"),
+    ("eviction_policy", 7, "valid string"),
+    ("eviction_policy", ["two\nlines"], "valid string"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "what_would_do"), REFUSED)
+def test_refusal_in_one_line(key: str, value: object, what_would_do: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        KVortexConfig(**{key: value})
+    message = str(caught.value)
+    assert message.startswith(f"{key}={value!r}: ")
+    assert what_would_do in message
+    assert f"(default {KVortexConfig.model_fields[key].default!r})" in message
+    assert "\n" not in message
+    assert isinstance(caught.value, ValueError)
+
+
+def test_unknown_setting_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError) as caught:
+        KVortexConfig(ram_pool_gib=3)
+    assert str(caught.value) == (
+        "unknown setting ram_pool_gib=3: the settings are "
+        "ram_pool_gb, num_cuda_streams, eviction_policy"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("ram_pool_gb", 65536), ("ram_pool_gb", 1e-9), ("num_cuda_streams", 1), ("num_cuda_streams", 32)],
+)
+def test_limits_are_allowed(key: str, value: float) -> None:
+    assert getattr(KVortexConfig(**{key: value}), key) == value
+
+
+def test_frozen() -> None:
+    config = KVortexConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.ram_pool_gb = 3.0
+    assert config.ram_pool_gb == 8.0
+
+
+def test_ram_pool_bytes() -> None:
+    assert KVortexConfig(ram_pool_gb=1.5).ram_pool_bytes == 3 << 29
+    assert isinstance(KVortexConfig().ram_pool_bytes, int)
+
+
+def test_what_vllm_is_told() -> None:
+    assert KVortexConfig(ram_pool_gb=2).kv_transfer_config() == {
+        "kv_connector": "KVortexConnector",
+        "kv_connector_module_path": "kvortex.connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "ram_pool_gb": 2.0,
+            "num_cuda_streams": 4,
+            "eviction_policy": "lru_freq",
+        },
+    }
+
+
+@given(
+    ram=st.floats(1e-9, 65536), streams=st.integers(1, 32), policy=st.text(min_size=1, max_size=9)
+)
+def test_through_json_and_back(ram: float, streams: int, policy: str) -> None:
+    config = KVortexConfig(ram_pool_gb=ram, num_cuda_streams=streams, eviction_policy=policy)
+    told = json.loads(json.dumps(config.kv_transfer_config()))
+    assert KVortexConfig.from_extra_config(told["kv_connector_extra_config"]) == config
+
+
+@pytest.mark.parametrize("extra", [None, {}])
+def test_no_extra_config_means_defaults(extra: dict[str, Any] | None) -> None:
+    assert KVortexConfig.from_extra_config(extra) == KVortexConfig()
+
+
+def test_extra_config_is_checked() -> None:
+    with pytest.raises(ConfigError, match="unknown setting ram=3"):
+        KVortexConfig.from_extra_config({"ram": 3})
+
+
+def test_public_names_exist() -> None:
+    for name in kvortex.__all__:
+        assert getattr(kvortex, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = kvortex.nothing  # type: ignore[attr-defined]

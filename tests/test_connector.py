@@ -1,0 +1,264 @@
+"""A real vLLM on the CPU, in this process: what it restores, and that its greedy output is the same."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from kvortex import KVortexConfig
+from kvortex.core import ConfigError, Direction, TransferError
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+BLOCK = 32
+LENGTHS = [1, 31, 32, 33, 63, 64, 65, 96, 97, 128, 150, 200, 255, 256, 257, 333, 400, 512, 777, 1000]
+LENGTHS += [1500, 2048]
+
+
+def prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
+    draw = random.Random(seed)
+    return [{"prompt_token_ids": [draw.randrange(4, 260) for _ in range(n)]} for n in lengths]
+
+
+@contextmanager
+def running(model: str, ram_pool_gb: float | None, **settings: Any) -> Iterator[Any]:
+    """An LLM, with KVortex unless `ram_pool_gb` is None; gone with everything it held afterwards."""
+    from vllm import LLM
+
+    config = KVortexConfig(ram_pool_gb=ram_pool_gb) if ram_pool_gb else None
+    defaults = {
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "max_model_len": 4096,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 64 << 20,
+        "block_size": BLOCK,
+        "disable_log_stats": False,
+        "seed": 0,
+        "kv_transfer_config": config.kv_transfer_config() if config else None,
+    }
+    llm = LLM(model=model, **defaults | settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def connector(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler.connector
+
+
+def worker_of_this_process() -> Any:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()._worker.worker
+
+
+def counters(llm: Any) -> dict[str, int]:
+    return connector(llm)._scheduler.offload.counters.as_dict()
+
+
+def answers(llm: Any, asked: list[Any], tokens: int = 40) -> tuple[list[list[int]], list[int]]:
+    """Greedy output tokens and cached tokens of each prompt."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+    outs = llm.generate(asked, greedy, use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in outs], [o.num_cached_tokens for o in outs]
+
+
+def whole_blocks(lengths: list[int]) -> list[int]:
+    return [(n - 1) // BLOCK * BLOCK for n in lengths]
+
+
+def metric(llm: Any, name: str) -> float:
+    return sum(m.value for m in llm.get_metrics() if m.name == name)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: str) -> list[list[int]]:
+    """The outputs of a vLLM without KVortex, one prompt at a time."""
+    with running(tiny_model, None) as llm:
+        return [answers(llm, [prompt])[0][0] for prompt in prompts(LENGTHS)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_num_batched_tokens": 256, "enable_chunked_prefill": True}, {"max_num_seqs": 1}],
+    ids=["eight-at-once", "chunked-prefill", "one-by-one"],
+)
+def test_every_whole_block_comes_back_and_output_is_equal(
+    tiny_model: str, expected: list[list[int]], settings: dict[str, Any]
+) -> None:
+    with running(tiny_model, 0.5, **settings) as llm:
+        asked = prompts(LENGTHS)
+        cold, _ = answers(llm, asked)
+        assert llm.reset_prefix_cache()
+        restored, cached = answers(llm, asked)
+        assert cold == expected
+        assert restored == expected
+        assert cached == whole_blocks(LENGTHS)
+        assert metric(llm, "vllm:external_prefix_cache_hits") == sum(whole_blocks(LENGTHS))
+        assert connector(llm)._scheduler.offload.pending is False
+        connector(llm)._scheduler.offload.tier.index.check()
+
+
+def test_wrong_bytes_change_the_output(tiny_model: str, expected: list[list[int]]) -> None:
+    """The control: were the bytes not what they should be, the tests above would notice."""
+    with running(tiny_model, 0.5) as llm:
+        asked = prompts(LENGTHS)
+        answers(llm, asked)
+        worker_of_this_process()._copy_engine.pool.bytes.zero_()
+        llm.reset_prefix_cache()
+        assert answers(llm, asked)[0] != expected
+
+
+def test_generated_blocks_come_back(tiny_model: str) -> None:
+    with running(tiny_model, 0.5) as llm:
+        (prompt,) = prompts([100], seed=1)
+        (answer,), _ = answers(llm, [prompt], tokens=100)
+        llm.reset_prefix_cache()
+        follow_up = {"prompt_token_ids": prompt["prompt_token_ids"] + answer + [7] * 9}
+        _, (cached,) = answers(llm, [follow_up])
+        assert cached == 199 // BLOCK * BLOCK  # the last token of an answer is never computed
+
+
+def test_equal_under_preemption(tiny_model: str) -> None:
+    lengths = [300 + 11 * i for i in range(16)]
+    asked = prompts(lengths, seed=2)
+    with running(tiny_model, None) as llm:
+        alone = [answers(llm, [prompt], tokens=200)[0][0] for prompt in asked]
+    tight = {"num_gpu_blocks_override": 64, "max_model_len": 1024, "max_num_seqs": 16}
+    with running(tiny_model, 0.5, **tight) as llm:
+        for _ in range(2):
+            assert answers(llm, asked, tokens=200)[0] == alone
+            assert llm.reset_prefix_cache()
+        assert metric(llm, "vllm:num_preemptions") > 0
+        assert metric(llm, "vllm:external_prefix_cache_hits") > 0
+        pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == 63  # no reference is left; one is the null block
+
+
+def test_equal_when_the_host_pool_is_too_small(tiny_model: str, expected: list[list[int]]) -> None:
+    with running(tiny_model, 0.004) as llm:
+        asked = prompts(LENGTHS)
+        for _ in range(2):
+            assert answers(llm, asked)[0] == expected
+            assert llm.reset_prefix_cache()
+        assert connector(llm)._scheduler.offload.tier.evictions > 0
+        connector(llm)._scheduler.offload.tier.index.check()
+
+
+@pytest.mark.parametrize("broken", [Direction.LOAD, Direction.STORE])
+def test_a_failing_copy_costs_time_only(
+    tiny_model: str, expected: list[list[int]], broken: Direction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tiny_model, 0.5) as llm:
+        asked = prompts(LENGTHS)
+        engine = worker_of_this_process()._copy_engine
+        whole, calls = engine.copy, 0
+
+        def sometimes(direction: Direction, *where: Any) -> Any:
+            nonlocal calls
+            calls += direction is broken
+            if direction is broken and calls % 2:
+                raise TransferError("made to fail")
+            return whole(direction, *where)
+
+        monkeypatch.setattr(engine, "copy", sometimes)
+        for _ in range(4):
+            assert answers(llm, asked)[0] == expected
+            assert llm.reset_prefix_cache()
+        assert counters(llm)[f"failed_{broken.value}s"] > 0
+        connector(llm)._scheduler.offload.tier.index.check()
+
+
+def test_reset_connector_forgets_everything(tiny_model: str, expected: list[list[int]]) -> None:
+    with running(tiny_model, 0.5) as llm:
+        asked = prompts(LENGTHS)
+        answers(llm, asked)
+        assert llm.reset_prefix_cache(reset_connector=True)
+        again, cached = answers(llm, asked)
+        assert again == expected
+        assert sum(cached) == 0
+
+
+def test_aborted_requests_leave_nothing_behind(tiny_model: str, expected: list[list[int]]) -> None:
+    from vllm import SamplingParams
+
+    with running(tiny_model, 0.5, max_num_batched_tokens=128) as llm:
+        engine, asked = llm.llm_engine, prompts(LENGTHS)
+        for rounds in range(1, 6):
+            ids = [
+                engine.add_request(f"{rounds}-{i}", prompt, SamplingParams(max_tokens=40))
+                for i, prompt in enumerate(asked)
+            ]
+            for _ in range(rounds):
+                engine.step()
+            engine.abort_request([i if isinstance(i, str) else f"{rounds}-{n}" for n, i in enumerate(ids)])
+        while engine.has_unfinished_requests():
+            engine.step()
+        assert answers(llm, asked)[0] == expected
+        assert llm.reset_prefix_cache()
+        assert answers(llm, asked) == (expected, whole_blocks(LENGTHS))
+        assert len(connector(llm)._scheduler._tracked) == 0
+
+
+def test_shutdown_gives_the_pool_back(tiny_model: str) -> None:
+    with running(tiny_model, 0.5):
+        pool = worker_of_this_process()._copy_engine.pool
+        assert pool.bytes.numel() > 0
+    assert pool.bytes.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"ram_pool": 1}, ["ram_pool=1", "ram_pool_gb"]),
+        ({"num_cuda_streams": 0}, ["num_cuda_streams=0", "1"]),
+        ({"eviction_policy": "mru"}, ["eviction_policy='mru'", "lru_freq"]),
+        ({"ram_pool_gb": 60000}, ["ram_pool_gb=60000", "free RAM", "use at most"]),
+    ],
+)
+def test_bad_configuration_is_refused_in_one_line(extra: dict[str, Any], words: list[str]) -> None:
+    from kvortex.connector import KVortexConnector
+
+    with pytest.raises(ConfigError) as caught:
+        KVortexConnector.requires_piecewise_for_cudagraph(extra)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_bad_configuration_stops_a_server_that_captures_no_graphs(tiny_model: str) -> None:
+    bad = KVortexConfig().kv_transfer_config() | {"kv_connector_extra_config": {"ram_pool": 1}}
+    with pytest.raises(ConfigError, match="ram_pool=1"), running(
+        tiny_model, None, kv_transfer_config=bad
+    ):
+        pass
+
+
+def test_unsupported_caches_are_named() -> None:
+    import torch
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        SlidingWindowSpec,
+    )
+
+    from kvortex.connector.geometry import unsupported
+
+    shape = {"block_size": 32, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    full = KVCacheGroupSpec(["a"], FullAttentionSpec(**shape))
+    window = KVCacheGroupSpec(["b"], SlidingWindowSpec(**shape, sliding_window=64))
+    assert unsupported(KVCacheConfig(8, [], [full])) is None
+    assert "SlidingWindowSpec" in str(unsupported(KVCacheConfig(8, [], [window])))
+    assert "2 KV cache groups" in str(unsupported(KVCacheConfig(8, [], [full, window])))

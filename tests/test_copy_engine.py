@@ -1,0 +1,277 @@
+"""Every CopyEngine keeps one contract: exact bytes, in the order of the caller's stream, tickets."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+import torch
+from geometries import GEOMETRIES, Geometry, dense, memory_of, naive_copy, noise
+
+from kvortex.copy_engine import CopyEngine, CpuCopyEngine, open_copy_engine
+from kvortex.core import Direction, TransferError
+from kvortex.host_pool import HostPool
+from kvortex.layout import make_layout
+
+STORE, LOAD = Direction.STORE, Direction.LOAD
+Open = Callable[..., CopyEngine]
+SLEEP_CYCLES = 200_000_000
+"""About 0.1 s of a GPU, ages for the small copies behind it."""
+
+
+@pytest.fixture
+def open_engine(device: torch.device) -> Iterator[Open]:
+    """Engines over given tensors, with noise in the slots."""
+    with ExitStack() as stack:
+
+        def opened(
+            tensors: dict[str, torch.Tensor],
+            num_slots: int = 6,
+            num_streams: int = 4,
+            num_blocks: int | None = None,
+        ) -> CopyEngine:
+            layout = make_layout(tensors, num_blocks)
+            pool = HostPool(num_slots, layout.slot_bytes, pinned=device.type == "cuda")
+            stack.callback(pool.close)
+            engine = open_copy_engine(layout, pool, num_streams)
+            stack.callback(engine.close)
+            pool.bytes.copy_(noise(pool.bytes.numel(), torch.device("cpu"), 5).view_as(pool.bytes))
+            return engine
+
+        yield opened
+
+
+def ids(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.int64)
+
+
+def contents(engine: CopyEngine) -> list[torch.Tensor]:
+    kv = [memory_of(page.view).cpu().clone() for page in engine.layout.pages]
+    return [engine.pool.bytes.clone(), *kv]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: geometry.name)
+@pytest.mark.parametrize("num_streams", [1, 4])
+def test_there_and_back(
+    geometry: Geometry, num_streams: int, device: torch.device, open_engine: Open
+) -> None:
+    tensors, loops = geometry.make(device), geometry.make(device)
+    untouched = [memory_of(tensor).clone() for tensor in tensors.values()]
+    engine = open_engine(tensors, num_streams=num_streams, num_blocks=geometry.num_blocks)
+    for tensor, before in zip(tensors.values(), untouched, strict=True):
+        assert torch.equal(memory_of(tensor), before), "opening an engine changed the KV tensors"
+    host = engine.pool.bytes.clone()
+    last = engine.layout.num_blocks - 1
+    assert engine.copy(STORE, ids(last, 0), ids(1, 4)).wait()
+    naive_copy(loops, engine.layout.num_blocks, [(last, 1), (0, 4)], host, store=True)
+    assert torch.equal(engine.pool.bytes, host)
+    assert engine.copy(LOAD, ids(last), ids(2)).wait()
+    naive_copy(loops, engine.layout.num_blocks, [(last, 2)], host, store=False)
+    for ours, theirs in zip(tensors.values(), loops.values(), strict=True):
+        assert torch.equal(memory_of(ours), memory_of(theirs))
+    assert torch.equal(engine.pool.bytes, host)
+
+
+@pytest.mark.parametrize("direction", [STORE, LOAD])
+def test_no_blocks(direction: Direction, device: torch.device, open_engine: Open) -> None:
+    engine = open_engine({"a": dense((4, 24), torch.int8, device)})
+    before = contents(engine)
+    ticket = engine.copy(direction, ids(), ids())
+    engine.fence(ticket)
+    assert ticket.wait()
+    assert ticket.done
+    assert all(torch.equal(a, b) for a, b in zip(before, contents(engine), strict=True))
+
+
+def test_done_stays_done(device: torch.device, open_engine: Open) -> None:
+    engine = open_engine({"a": dense((4, 24), torch.int8, device)})
+    ticket = engine.copy(STORE, ids(1), ids(1))
+    assert ticket.wait(timeout=60)
+    assert ticket.done
+    assert ticket.wait(0)
+
+
+def test_ids_may_change_once_copy_returned(device: torch.device, open_engine: Open) -> None:
+    """Also while the copy has not begun: the engine keeps its own."""
+    kv = dense((4, 24), torch.int8, device)
+    engine = open_engine({"a": kv})
+    blocks, slots = ids(1, 2), ids(3, 4)
+    if device.type == "cuda":
+        torch.cuda._sleep(SLEEP_CYCLES)
+    ticket = engine.copy(STORE, blocks, slots)
+    later = engine.copy(STORE, ids(3), ids(5))
+    blocks[:], slots[:] = 0, 0
+    assert ticket.wait()
+    assert later.wait()
+    assert torch.equal(engine.pool.bytes[3:6, :24], kv[1:4].cpu().view(torch.uint8))
+
+
+def test_cpu_copy_that_cannot_be_done_is_a_transfer_error() -> None:
+    layout = make_layout({"a": torch.zeros(4, 16)})
+    with HostPool(2, layout.slot_bytes, pinned=False) as pool:
+        engine = CpuCopyEngine(layout, pool)
+        for direction in (STORE, LOAD):
+            with pytest.raises(TransferError, match=f"{direction.value} of 1 blocks failed"):
+                engine.copy(direction, ids(99), ids(0))
+
+
+def test_inference_tensors() -> None:
+    """vLLM's KV tensors on the CPU are such; they may only be changed in inference mode."""
+    with torch.inference_mode():
+        kv = torch.arange(64, dtype=torch.uint8).view(4, 16).clone()
+    layout = make_layout({"a": kv})
+    with HostPool(2, layout.slot_bytes, pinned=False) as pool:
+        engine = CpuCopyEngine(layout, pool)
+        engine.copy(STORE, ids(1), ids(0))
+        engine.copy(LOAD, ids(3), ids(0))
+        assert torch.equal(kv[3], kv[1])
+
+
+def test_random_traffic(device: torch.device, open_engine: Open) -> None:
+    """Many copies under way at once, of disjoint blocks and slots in each round."""
+    kv = {str(i): dense((64, 3, 40), torch.bfloat16, device, seed=i) for i in range(5)}
+    loops = {name: dense((64, 3, 40), torch.bfloat16, device, seed=int(name)) for name in kv}
+    engine = open_engine(kv, num_slots=64)
+    host, draw = engine.pool.bytes.clone(), random.Random(3)
+    for _ in range(6):
+        blocks, slots = draw.sample(range(64), 64), draw.sample(range(64), 64)
+        tickets = []
+        for start in range(0, 64, 8):
+            part = slice(start, start + 8)
+            direction = STORE if draw.random() < 0.5 else LOAD
+            tickets.append(engine.copy(direction, ids(*blocks[part]), ids(*slots[part])))
+            moves = list(zip(blocks[part], slots[part], strict=True))
+            naive_copy(loops, 64, moves, host, store=direction is STORE)
+        assert all(ticket.wait(timeout=60) for ticket in tickets)
+    assert torch.equal(engine.pool.bytes, host)
+    assert all(torch.equal(memory_of(kv[name]), memory_of(loops[name])) for name in kv)
+
+
+@pytest.mark.parametrize("direction", [STORE, LOAD])
+@pytest.mark.parametrize("count", [4095, 4096, 4097, 9000])
+def test_more_blocks_than_one_launch_takes(
+    count: int, direction: Direction, device: torch.device, open_engine: Open
+) -> None:
+    kv = dense((9000, 24), torch.int8, device)
+    engine = open_engine({"a": kv}, num_slots=9000)
+    blocks = np.random.default_rng(1).permutation(9000)[:count]
+    slots = np.random.default_rng(2).permutation(9000)[:count]
+    before, host = kv.cpu().view(torch.uint8), engine.pool.bytes.clone()
+    assert engine.copy(direction, blocks, slots).wait()
+    if direction is STORE:
+        host[slots, :24] = before[blocks]
+    else:
+        before[blocks] = host[slots, :24]
+    assert torch.equal(kv.cpu().view(torch.uint8), before)
+    assert torch.equal(engine.pool.bytes, host)
+
+
+only_cuda = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            torch.device("cuda"),
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        )
+    ],
+    indirect=False,
+)
+
+
+@only_cuda
+@pytest.mark.parametrize("num_streams", [1, 2, 8])
+def test_store_sees_what_was_computed_before_it(
+    num_streams: int, device: torch.device, open_engine: Open
+) -> None:
+    kv = torch.zeros(64, 4096, dtype=torch.uint8, device=device)
+    engine = open_engine({"a": kv}, num_slots=64, num_streams=num_streams)
+    compute = torch.cuda.Stream()
+    with torch.cuda.stream(compute):
+        torch.cuda._sleep(SLEEP_CYCLES)
+        kv.fill_(7)
+        tickets = [engine.copy(STORE, ids(i), ids(i)) for i in range(64)]
+    assert not any(ticket.done for ticket in tickets)
+    assert not tickets[0].wait(timeout=0.001)
+    assert all(ticket.wait() for ticket in tickets)
+    assert engine.pool.bytes.eq(7).all()
+
+
+@only_cuda
+@pytest.mark.parametrize("num_streams", [1, 2, 8])
+def test_fenced_reader_sees_the_load(
+    num_streams: int, device: torch.device, open_engine: Open
+) -> None:
+    """The load is held up behind its caller's stream; the reader on it is not waited for."""
+    kv = torch.zeros(64, 1 << 20, dtype=torch.uint8, device=device)
+    engine = open_engine({"a": kv}, num_slots=64, num_streams=num_streams)
+    compute, copy = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(copy):
+        torch.cuda._sleep(SLEEP_CYCLES)
+        kv.fill_(1)  # the load must come after this
+        ticket = engine.copy(LOAD, np.arange(64), np.arange(64))
+    with torch.cuda.stream(compute):
+        engine.fence(ticket)
+        read = kv.clone()
+        assert not ticket.done, "the fence blocked the host"
+    compute.synchronize()
+    assert ticket.done
+    assert torch.equal(read.cpu(), engine.pool.bytes)
+
+
+@only_cuda
+def test_a_store_behind_a_fenced_load_reads_what_was_loaded(
+    device: torch.device, open_engine: Open
+) -> None:
+    kv = torch.zeros(32, 1 << 20, dtype=torch.uint8, device=device)
+    engine = open_engine({"a": kv}, num_slots=64, num_streams=8)
+    for _ in range(8):
+        torch.cuda._sleep(SLEEP_CYCLES // 10)
+        kv.zero_()
+        engine.fence(engine.copy(LOAD, np.arange(32), np.arange(32)))
+        assert engine.copy(STORE, np.arange(32), np.arange(32, 64)).wait()
+        assert torch.equal(engine.pool.bytes[:32], engine.pool.bytes[32:])
+        engine.pool.bytes[32:] = 0
+
+
+@only_cuda
+def test_close_lets_copies_end(device: torch.device, open_engine: Open) -> None:
+    kv = torch.zeros(32, 4096, dtype=torch.uint8, device=device)
+    engine = open_engine({"a": kv}, num_slots=32)
+    torch.cuda._sleep(SLEEP_CYCLES)
+    kv.fill_(7)
+    ticket = engine.copy(STORE, np.arange(32), np.arange(32))
+    engine.close()
+    assert ticket.done
+    assert engine.pool.bytes.eq(7).all()
+
+
+@only_cuda
+def test_a_launch_that_fails_is_a_transfer_error(
+    device: torch.device, open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = dense((9000, 24), torch.int8, device)
+    engine = open_engine({"a": kv}, num_slots=9000)
+
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError("no room for the kernel")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kvortex.cuda_copy_engine.paged_copy", broken)
+        with pytest.raises(TransferError, match="store could not be launched: no room"):
+            engine.copy(STORE, ids(1), ids(1))
+    assert engine.copy(STORE, ids(1), ids(1)).wait()
+    assert torch.equal(engine.pool.bytes[1, :24], kv[1].cpu().view(torch.uint8))
+
+
+@only_cuda
+def test_id_pages_are_used_again(device: torch.device, open_engine: Open) -> None:
+    engine = open_engine({"a": dense((4, 24), torch.int8, device)})
+    for _ in range(50):
+        assert engine.copy(STORE, ids(1), ids(1)).wait()
+    assert len(engine._free_pages) <= 2

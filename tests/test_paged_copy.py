@@ -1,0 +1,221 @@
+"""The kernel copies exactly the pages' bytes: interpreted on the CPU, compiled on the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from geometries import GEOMETRIES, Geometry, Tensors, dense, memory_of, naive_copy, noise, strided
+
+from kvortex.cuda_copy_engine import LaunchShape
+from kvortex.layout import Layout, make_layout
+from kvortex.triton_kernels.paged_copy import paged_copy
+from kvortex.triton_kernels.reference import paged_copy_reference
+
+NUM_SLOTS = 5
+GUARD = 48
+
+
+@pytest.fixture(scope="module")
+def place(device: torch.device) -> torch.device:
+    if device.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernel was compiled for the GPU")
+    return device
+
+
+@dataclass
+class Setup:
+    """KV tensors and host slots, both surrounded by noise."""
+
+    tensors: Tensors
+    layout: Layout
+    whole_host: torch.Tensor
+    shape: LaunchShape
+
+    @property
+    def host(self) -> torch.Tensor:
+        return self.whole_host[GUARD:-GUARD].view(NUM_SLOTS, self.layout.slot_bytes)
+
+    def everything(self) -> list[torch.Tensor]:
+        """A copy of all bytes that could have been touched."""
+        memories = {t.untyped_storage().data_ptr(): memory_of(t) for t in self.tensors.values()}
+        return [self.whole_host.clone(), *(memory.cpu().clone() for memory in memories.values())]
+
+    def with_kernel(self, moves: list[tuple[int, int]], *, store: bool) -> None:
+        device = self.layout.device
+        ids = torch.tensor(moves, dtype=torch.int64).reshape(-1, 2)
+        paged_copy(
+            self.layout.run_table().to(device),
+            ids.pin_memory() if device.type == "cuda" else ids,
+            self.host,
+            len(moves),
+            self.shape.chunks_per_run,
+            store=store,
+            word=self.shape.word,
+            chunk_words=self.shape.chunk_words,
+            programs=self.shape.programs,
+            num_warps=self.shape.num_warps,
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def with_reference(self, moves: list[tuple[int, int]], *, store: bool) -> None:
+        device = self.layout.device
+        pages = [(page.view, page.slot_offset) for page in self.layout.pages]
+        ids = torch.tensor([block for block, _ in moves], dtype=torch.int64, device=device)
+        slots = torch.tensor([slot for _, slot in moves], dtype=torch.int64, device=device)
+        host = self.host.to(device)
+        paged_copy_reference(pages, ids, slots, host, store=store)
+        self.host.copy_(host)
+
+    def with_loops(self, moves: list[tuple[int, int]], *, store: bool) -> None:
+        naive_copy(self.tensors, self.layout.num_blocks, moves, self.host, store=store)
+
+
+def setup(geometry: Geometry, device: torch.device, chunk_words: int | None = None) -> Setup:
+    tensors = geometry.make(device)
+    layout = make_layout(tensors, geometry.num_blocks)
+    host = noise(NUM_SLOTS * layout.slot_bytes + 2 * GUARD, torch.device("cpu"), seed=77)
+    runs = layout.run_table()
+    shape = LaunchShape.of(runs, layout.slot_bytes)
+    if chunk_words is not None:
+        chunks = -(-int(runs[:, 3].max()) // (chunk_words * shape.word))
+        shape = replace(
+            shape, chunk_words=chunk_words, chunks_per_run=chunks, programs=3, num_warps=1
+        )
+    host = host.pin_memory() if device.type == "cuda" else host
+    return Setup(tensors, layout, host, shape)
+
+
+def assert_same(geometry: Geometry, place: torch.device, chunk_words: int | None) -> None:
+    """Kernel, reference and loops leave the same bytes everywhere, both ways."""
+    kernel, reference, loops = (setup(geometry, place, chunk_words) for _ in range(3))
+    last = kernel.layout.num_blocks - 1
+    there = [(last, 3), (0, 1), (last // 2, 4)]
+    back = [(0, 0)] if last == 0 else [(0, 3), (last, 0)]
+    before = kernel.everything()
+    for moves, store in ((there, True), (back, False)):
+        kernel.with_kernel(moves, store=store)
+        reference.with_reference(moves, store=store)
+        loops.with_loops(moves, store=store)
+        after = kernel.everything()
+        assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        for other in (reference, loops):
+            for ours, theirs in zip(after, other.everything(), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        before = after
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: geometry.name)
+def test_launched_as_in_service(geometry: Geometry, place: torch.device) -> None:
+    assert_same(geometry, place, None)
+
+
+FEW_RUNS = [g for g in GEOMETRIES if g.name in ("HND", "MLA", "kernel blocks", "unequal layers")]
+
+
+@pytest.mark.parametrize("chunk_words", [4, 16, 64])
+@pytest.mark.parametrize("geometry", FEW_RUNS, ids=lambda geometry: geometry.name)
+def test_runs_of_several_chunks(
+    geometry: Geometry, place: torch.device, chunk_words: int
+) -> None:
+    assert_same(geometry, place, chunk_words)
+
+
+@pytest.mark.parametrize("page_bytes", [4096 * 8, 4096 * 8 + 8, 4096 * 8 - 8, 3 * 4096 * 8 + 4])
+def test_pages_around_the_largest_chunk(page_bytes: int, place: torch.device) -> None:
+    geometry = Geometry("large", lambda device: {"a": dense((3, page_bytes), torch.int8, device)})
+    assert_same(geometry, place, None)
+
+
+WORDS = {
+    "a page of 8s": ((3, 24), (24, 1), 8, 8),
+    "an odd offset": ((3, 24), (24, 1), 1, 1),
+    "an odd stride": ((3, 24), (25, 1), 8, 1),
+    "an odd page": ((3, 23), (24, 1), 8, 1),
+    "a page of 2s": ((3, 22), (24, 1), 8, 2),
+    "an offset of 4": ((3, 24), (24, 1), 4, 4),
+    "a stride of 4": ((3, 8), (12, 1), 8, 4),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_word_divides_every_number(name: str, place: torch.device) -> None:
+    shape, strides, offset, word = WORDS[name]
+    geometry = Geometry(
+        name, lambda device: {"a": strided(shape, strides, torch.int8, device, offset=offset)}
+    )
+    assert setup(geometry, place).shape.word == word
+    assert_same(geometry, place, None)
+
+
+def test_slots_that_are_no_multiple_of_a_word(place: torch.device) -> None:
+    runs = make_layout({"a": dense((3, 16), torch.float32, place)}).run_table()
+    assert LaunchShape.of(runs, 72).word == 8
+    assert LaunchShape.of(runs, 68).word == 4
+    assert LaunchShape.of(runs, 67).word == 1
+
+
+@pytest.mark.parametrize("page_bytes", [1, 2, 3, 8, 16, 24, 4096, 32768, 32776, 100_000])
+def test_launch_shape_covers_the_longest_run(page_bytes: int) -> None:
+    layout = make_layout({"a": dense((2, page_bytes), torch.int8, torch.device("cpu"))})
+    shape = LaunchShape.of(layout.run_table(), layout.slot_bytes)
+    chunk_bytes = shape.chunk_words * shape.word
+    assert (shape.chunks_per_run - 1) * chunk_bytes < page_bytes
+    assert shape.chunks_per_run * chunk_bytes >= page_bytes
+    assert shape.chunk_words & (shape.chunk_words - 1) == 0
+    assert 1 <= shape.num_warps <= 16
+
+
+HND = next(g for g in GEOMETRIES if g.name == "HND")
+
+
+def test_one_block_into_many_slots(place: torch.device) -> None:
+    kernel, loops = setup(HND, place), setup(HND, place)
+    moves = [(2, 0), (2, 4), (1, 1), (2, 2)]
+    kernel.with_kernel(moves, store=True)
+    loops.with_loops(moves, store=True)
+    assert torch.equal(kernel.whole_host, loops.whole_host)
+
+
+def test_one_slot_into_many_blocks(place: torch.device) -> None:
+    kernel, loops = setup(HND, place), setup(HND, place)
+    moves = [(0, 3), (4, 3), (2, 1)]
+    kernel.with_kernel(moves, store=False)
+    loops.with_loops(moves, store=False)
+    for ours, theirs in zip(kernel.everything(), loops.everything(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_no_blocks_touch_nothing(place: torch.device, store: bool) -> None:
+    kernel = setup(HND, place)
+    before = kernel.everything()
+    kernel.with_kernel([], store=store)
+    assert all(torch.equal(a, b) for a, b in zip(before, kernel.everything(), strict=True))
+
+
+def test_only_the_first_ids_count(place: torch.device) -> None:
+    """The id page is longer than the list; what an earlier copy left in it must not be read."""
+    kernel, loops = setup(HND, place), setup(HND, place)
+    ids = torch.tensor([[1, 2], [99, 99], [-7, 1 << 40]])
+    paged_copy(
+        kernel.layout.run_table().to(place),
+        ids.pin_memory() if place.type == "cuda" else ids,
+        kernel.host,
+        1,
+        kernel.shape.chunks_per_run,
+        store=True,
+        word=kernel.shape.word,
+        chunk_words=kernel.shape.chunk_words,
+        programs=kernel.shape.programs,
+        num_warps=kernel.shape.num_warps,
+    )
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+    loops.with_loops([(1, 2)], store=True)
+    assert torch.equal(kernel.whole_host, loops.whole_host)

@@ -1,0 +1,246 @@
+"""OffloadScheduler: what becomes readable when, over several ranks, failures and resets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from kvortex.core import Job, StepReport
+from kvortex.policies import LRU
+from kvortex.scheduler import OffloadScheduler
+from kvortex.tiers import HostTier
+
+A, B, C, D = b"a", b"b", b"c", b"d"
+
+
+def scheduler(num_slots: int = 4, num_ranks: int = 1) -> OffloadScheduler:
+    return OffloadScheduler(HostTier(num_slots, LRU(num_slots)), num_ranks)
+
+
+def report(*jobs: Job | None, failed: Iterable[Job | None] = ()) -> StepReport:
+    """One rank is done with these."""
+    numbers = [job.id for job in jobs if job is not None]
+    return StepReport(
+        dict.fromkeys(numbers, 1), frozenset(job.id for job in failed if job is not None)
+    )
+
+
+def stored(keeper: OffloadScheduler, *keys: bytes) -> None:
+    job = keeper.store(keys, range(len(keys)))
+    keeper.settle(StepReport({job.id: 99}))
+    assert keeper.match(keys) == len(keys)
+
+
+def counts(keeper: OffloadScheduler) -> tuple[int, int, int]:
+    index = keeper.tier.index
+    index.check()
+    return index.free, index.reserved, index.resident
+
+
+def test_store_is_readable_once_reported() -> None:
+    keeper = scheduler()
+    job = keeper.store([A, B], [7, 3])
+    assert job.block_ids.tolist() == [7, 3]
+    assert len(set(job.slots.tolist())) == 2
+    assert (keeper.match([A, B]), keeper.wants(A), keeper.pending) == (0, False, True)
+    (flight,) = keeper.settle(report(job))
+    assert (flight.job, flight.failed, flight.discard) == (job, False, False)
+    assert (keeper.match([A, B]), keeper.wants(A), keeper.pending) == (2, False, False)
+    assert keeper.counters.stored_blocks == 2
+
+
+def test_match_stops_at_the_first_miss() -> None:
+    keeper = scheduler()
+    stored(keeper, A, C)
+    assert keeper.match([A, B, C]) == 1
+    assert keeper.match([B, A]) == 0
+    assert keeper.match([]) == 0
+
+
+def test_plan_is_taken_once() -> None:
+    keeper = scheduler()
+    store = keeper.store([A], [0])
+    plan = keeper.take_plan()
+    assert (plan.loads, plan.stores, plan.has_forward) == ((), (store,), True)
+    assert keeper.take_plan(has_forward=False).stores == ()
+    keeper.settle(report(store))
+    load = keeper.load([A], [5])
+    plan = keeper.take_plan(has_forward=False)
+    assert (plan.loads, plan.stores, plan.has_forward) == ((load,), (), False)
+    assert load.slots.tolist() == store.slots.tolist()
+    assert load.id != store.id
+
+
+def test_readable_only_after_every_rank_reported() -> None:
+    keeper = scheduler(num_ranks=3)
+    job = keeper.store([A], [0])
+    for _ in range(2):
+        assert keeper.settle(report(job)) == []
+        assert keeper.match([A]) == 0
+    assert [flight.job for flight in keeper.settle(report(job))] == [job]
+    assert keeper.match([A]) == 1
+
+
+def test_ranks_may_report_together() -> None:
+    keeper = scheduler(num_ranks=3)
+    job = keeper.store([A], [0])
+    keeper.settle(report(job).merge(report(job)).merge(StepReport()))
+    assert keeper.match([A]) == 0
+    keeper.settle(report(job))
+    assert keeper.match([A]) == 1
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1, 2])
+def test_one_failing_rank_fails_the_store(bad_rank: int) -> None:
+    keeper = scheduler(num_ranks=3)
+    job = keeper.store([A, B], [0, 1])
+    for rank in range(3):
+        done = keeper.settle(report(job, failed=[job] if rank == bad_rank else []))
+        assert bool(done) is (rank == 2)
+    assert done[0].failed
+    assert keeper.match([A]) == 0
+    assert counts(keeper) == (4, 0, 0)
+    assert keeper.counters.failed_stores == 2
+
+
+def test_slots_are_held_until_the_last_rank_is_done() -> None:
+    keeper = scheduler(num_ranks=2)
+    job = keeper.store([A, B, C, D], [0, 1, 2, 3])
+    keeper.settle(report(job, failed=[job]))
+    assert keeper.store([b"e"], [0]) is None
+    keeper.settle(report(job))
+    assert counts(keeper) == (4, 0, 0)
+
+
+def test_store_takes_what_slots_there_are() -> None:
+    keeper = scheduler(num_slots=3)
+    first = keeper.store([A, B], [0, 1])
+    second = keeper.store([C, D], [2, 3])
+    assert second.block_ids.tolist() == [2]
+    assert keeper.counters.refused_stores == 1
+    assert keeper.store([D], [3]) is None
+    assert keeper.counters.refused_stores == 2
+    keeper.settle(report(first, second))
+    assert keeper.match([A, B, C]) == 3
+    assert keeper.wants(D)
+
+
+def test_loaded_block_is_not_evicted() -> None:
+    keeper = scheduler(num_slots=1)
+    stored(keeper, A)
+    load = keeper.load([A], [0])
+    assert keeper.store([B], [1]) is None
+    keeper.settle(report(load))
+    assert keeper.counters.loaded_blocks == 1
+    assert keeper.store([B], [1]) is not None
+
+
+def test_lost_source() -> None:
+    """vLLM was promised a block that is gone when the load is planned: it must compute it again."""
+    keeper = scheduler()
+    stored(keeper, A)
+    job = keeper.load([A, B, C], [7, 8, 9])
+    assert job.block_ids.tolist() == [7]
+    assert keeper.take_plan().lost_block_ids == (8, 9)
+    assert keeper.take_plan().lost_block_ids == ()
+    assert keeper.load([B], [5]) is None
+    assert keeper.take_plan().lost_block_ids == (5,)
+
+
+def test_failed_load_forgets_its_keys_only() -> None:
+    keeper = scheduler()
+    stored(keeper, A, B, C)
+    job = keeper.load([A, B], [0, 1])
+    keeper.settle(report(job, failed=[job]))
+    assert [keeper.match([key]) for key in (A, B, C)] == [0, 0, 1]
+    assert counts(keeper) == (3, 0, 1)
+    assert (keeper.counters.failed_loads, keeper.counters.loaded_blocks) == (2, 0)
+
+
+def test_failed_load_dooms_every_store_under_way() -> None:
+    keeper = scheduler()
+    stored(keeper, A)
+    earlier, load, later = keeper.store([B], [1]), keeper.load([A], [0]), keeper.store([C], [2])
+    keeper.settle(report(load, failed=[load]))
+    flights = keeper.settle(report(earlier, later))
+    assert [flight.discard for flight in flights] == [True, True]
+    assert keeper.match([B]) == keeper.match([C]) == 0
+    assert counts(keeper) == (4, 0, 0)
+    assert (keeper.counters.discarded_stores, keeper.counters.failed_stores) == (2, 0)
+    after = keeper.store([D], [3])
+    keeper.settle(report(after))
+    assert keeper.match([D]) == 1
+
+
+@pytest.mark.parametrize("store_first", [True, False])
+def test_failed_load_dooms_a_store_of_the_same_report(store_first: bool) -> None:
+    keeper = scheduler()
+    stored(keeper, A)
+    jobs = [keeper.store([B], [1]), keeper.load([A], [0])]
+    keeper.settle(report(*(jobs if store_first else jobs[::-1]), failed=[jobs[1]]))
+    assert keeper.match([B]) == 0
+    assert counts(keeper) == (4, 0, 0)
+
+
+def test_failed_load_dooms_stores_before_its_other_ranks_report() -> None:
+    keeper = scheduler(num_ranks=2)
+    stored(keeper, A)
+    load, store = keeper.load([A], [0]), keeper.store([B], [1])
+    keeper.settle(report(load, store, failed=[load]))
+    keeper.settle(report(store))
+    assert keeper.match([B]) == 0
+    assert keeper.match([A]) == 1
+    keeper.settle(report(load))
+    assert keeper.match([A]) == 0
+    assert counts(keeper) == (4, 0, 0)
+
+
+def test_failed_store_dooms_nothing_else() -> None:
+    keeper = scheduler()
+    bad, good = keeper.store([A], [0]), keeper.store([B], [1])
+    keeper.settle(report(bad, failed=[bad]))
+    keeper.settle(report(good))
+    assert [keeper.match([A]), keeper.match([B])] == [0, 1]
+
+
+def test_failed_load_spares_a_newer_block_of_its_key() -> None:
+    keeper = scheduler()
+    stored(keeper, A)
+    load = keeper.load([A], [0])
+    stored(keeper, A)
+    assert counts(keeper) == (2, 1, 1)
+    keeper.settle(report(load, failed=[load]))
+    assert keeper.match([A]) == 1
+    assert counts(keeper) == (3, 0, 1)
+
+
+def test_reset_with_stores_and_loads_under_way() -> None:
+    keeper = scheduler()
+    stored(keeper, A, B)
+    load, store = keeper.load([A], [0]), keeper.store([C], [1])
+    keeper.reset()
+    assert [keeper.match([key]) for key in (A, B, C)] == [0, 0, 0]
+    assert counts(keeper) == (2, 2, 0)
+    keeper.settle(report(load, store))
+    assert [keeper.match([key]) for key in (A, B, C)] == [0, 0, 0]
+    assert counts(keeper) == (4, 0, 0)
+    assert keeper.counters.discarded_stores == 1
+    stored(keeper, A)
+
+
+def test_reports_of_unknown_jobs_are_ignored() -> None:
+    keeper = scheduler()
+    store = keeper.store([A], [0])
+    assert keeper.settle(StepReport({99: 1, store.id: 1}, frozenset({98}))) != []
+    assert keeper.settle(report(store, failed=[store])) == []
+    assert keeper.match([A]) == 1
+
+
+def test_failures_are_logged_once_each(caplog: pytest.LogCaptureFixture) -> None:
+    keeper = scheduler()
+    for _ in range(3):
+        stored(keeper, A)
+        load, store = keeper.load([A], [0]), keeper.store([B], [1])
+        keeper.settle(report(load, store, failed=[load, store]))
+    assert len(caplog.records) == 2

@@ -1,0 +1,230 @@
+"""HostTier: what is readable, what may leave, and which of two stores of a key wins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kvortex.index import Block, Index
+from kvortex.policies import LRU, EvictionPolicy
+from kvortex.tiers import HostTier
+
+A, B, C, D = b"a", b"b", b"c", b"d"
+
+
+def tier(num_slots: int) -> HostTier:
+    return HostTier(num_slots, LRU(num_slots))
+
+
+def stored(host: HostTier, *keys: bytes) -> list[Block]:
+    blocks = []
+    for key in keys:
+        one = host.reserve([key])
+        host.commit(one)
+        blocks += one
+    return blocks
+
+
+def counts(index: Index) -> tuple[int, int, int]:
+    index.check()
+    return index.free, index.reserved, index.resident
+
+
+def readable(host: HostTier, keys: Sequence[bytes] = (A, B, C, D)) -> list[bytes]:
+    return [key for key in keys if host.lookup(key) is not None]
+
+
+def test_readable_only_after_commit() -> None:
+    host = tier(3)
+    blocks = host.reserve([A, B])
+    assert readable(host) == []
+    assert host.is_arriving(A)
+    assert counts(host.index) == (1, 2, 0)
+    host.commit(blocks)
+    assert readable(host) == [A, B]
+    assert host.lookup(A) is blocks[0]
+    assert not host.is_arriving(A)
+    assert counts(host.index) == (1, 0, 2)
+
+
+def test_aborted_leaves_nothing() -> None:
+    host = tier(3)
+    host.abort(host.reserve([A, B]))
+    assert readable(host) == []
+    assert not host.is_arriving(A)
+    assert counts(host.index) == (3, 0, 0)
+
+
+def test_full_tier_evicts_the_oldest() -> None:
+    host = tier(2)
+    stored(host, A, B)
+    assert [block.key for block in host.reserve([C])] == [C]
+    assert readable(host) == [B]
+    assert host.evictions == 1
+
+
+def test_a_prefix_outlives_its_tail() -> None:
+    host = tier(3)
+    host.commit(host.reserve([A, B, C]))
+    host.reserve([D])
+    assert readable(host) == [A, B]
+    host.touch([A, B])
+    host.reserve([b"e"])
+    assert readable(host) == [A]
+
+
+def test_touch_counts_a_use_and_ignores_the_unknown() -> None:
+    host = tier(2)
+    stored(host, A, B)
+    host.touch([A, D])
+    host.reserve([C])
+    assert readable(host) == [A]
+
+
+def test_lookup_is_no_use() -> None:
+    host = tier(2)
+    stored(host, A, B)
+    host.lookup(A)
+    host.reserve([C])
+    assert readable(host) == [B]
+
+
+def test_reserve_gives_a_leading_part() -> None:
+    host = tier(3)
+    stored(host, A, B)
+    host.pin([host.lookup(A)])
+    blocks = host.reserve([b"1", b"2", b"3", b"4"])
+    assert [block.key for block in blocks] == [b"1", b"2"]
+    assert readable(host) == [A]
+    assert host.reserve([D]) == []
+    assert not host.is_arriving(b"3")
+
+
+def test_pinned_is_never_a_victim_until_the_last_unpin() -> None:
+    host = tier(1)
+    blocks = stored(host, A)
+    host.pin(blocks)
+    host.pin(blocks)
+    assert host.reserve([B]) == []
+    host.unpin(blocks)
+    assert host.reserve([B]) == []
+    host.unpin(blocks)
+    assert [block.key for block in host.reserve([B])] == [B]
+
+
+def test_second_store_of_a_key_replaces_the_first() -> None:
+    host = tier(3)
+    (old,) = stored(host, A)
+    (new,) = stored(host, A)
+    assert host.lookup(A) is new is not old
+    assert counts(host.index) == (2, 0, 1)
+
+
+def test_old_bytes_stay_readable_until_the_new_ones_arrive() -> None:
+    host = tier(3)
+    (old,) = stored(host, A)
+    new = host.reserve([A])
+    assert host.lookup(A) is old
+    host.abort(new)
+    assert host.lookup(A) is old
+
+
+def test_replaced_while_read() -> None:
+    host = tier(2)
+    old = stored(host, A)
+    host.pin(old)
+    (new,) = stored(host, A)
+    assert host.lookup(A) is new
+    assert counts(host.index) == (0, 1, 1)
+    host.unpin(old)
+    assert counts(host.index) == (1, 0, 1)
+
+
+def test_the_later_store_wins_in_any_order_of_arrival() -> None:
+    host = tier(3)
+    first, second = host.reserve([A]), host.reserve([A])
+    host.commit(second)
+    assert host.is_arriving(A)
+    host.commit(first)
+    assert host.lookup(A) is second[0]
+    assert not host.is_arriving(A)
+    assert counts(host.index) == (2, 0, 1)
+
+
+def test_an_outdated_store_stays_unreadable_after_the_later_one_was_evicted() -> None:
+    host = tier(2)
+    first, second = host.reserve([A]), host.reserve([A])
+    host.commit(second)
+    host.reserve([B])
+    assert readable(host) == []
+    host.commit(first)
+    assert readable(host) == []
+    assert counts(host.index) == (1, 1, 0)
+
+
+def test_an_earlier_store_counts_if_the_later_one_fails() -> None:
+    host = tier(3)
+    first, second = host.reserve([A]), host.reserve([A])
+    host.abort(second)
+    host.commit(first)
+    assert host.lookup(A) is first[0]
+
+
+def test_forget_drops_only_what_is_still_readable() -> None:
+    host = tier(3)
+    old = stored(host, A)
+    new = stored(host, A)
+    host.forget(old)
+    assert host.lookup(A) is new[0]
+    host.forget(new)
+    assert readable(host) == []
+    host.forget(new)
+    assert counts(host.index) == (3, 0, 0)
+
+
+def test_forgotten_key_is_a_new_one_to_the_policy() -> None:
+    host = tier(1)
+    host.forget(stored(host, A))
+    stored(host, A)
+    host.reserve([B])
+    assert (readable(host), host.evictions) == ([], 1)
+
+
+def test_clear_spares_what_arrives() -> None:
+    host = tier(4)
+    pinned = stored(host, A)
+    stored(host, B)
+    host.pin(pinned)
+    arriving = host.reserve([C])
+    host.clear()
+    assert readable(host) == []
+    assert counts(host.index) == (2, 2, 0)
+    host.commit(arriving)
+    host.unpin(pinned)
+    assert readable(host) == [C]
+    assert counts(host.index) == (3, 0, 1)
+
+
+class _Stubborn(EvictionPolicy):
+    """Names whatever it was told to, pinned or unknown."""
+
+    victim: bytes | None = None
+
+    def insert(self, key: bytes) -> None: ...
+
+    def hit(self, key: bytes) -> None: ...
+
+    def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:  # noqa: ARG002
+        return self.victim
+
+    def remove(self, key: bytes) -> None: ...
+
+
+def test_a_policy_cannot_evict_what_is_pinned_or_unknown() -> None:
+    policy = _Stubborn(1)
+    host = HostTier(1, policy)
+    blocks = stored(host, A)
+    host.pin(blocks)
+    for policy.victim in (A, B):
+        assert host.reserve([C]) == []
+        assert host.lookup(A) is blocks[0]
+    assert host.evictions == 0
