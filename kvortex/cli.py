@@ -1,0 +1,100 @@
+"""The `kvortex` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from kvortex import __version__
+from kvortex.config import KVortexConfig
+from kvortex.core import ConfigError, KVortexError
+from kvortex.plugins import load_policy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 (it failed) or 2 (it was asked wrongly)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.command(arguments)
+    except ConfigError as error:
+        return _complain(error, EXIT_USAGE)
+    except KVortexError as error:
+        return _complain(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvortex", description="KV cache offloading for vLLM.")
+    parser.add_argument("--version", action="version", version=f"kvortex {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    settings = _settings_parser()
+
+    config = commands.add_parser(
+        "config",
+        parents=[settings],
+        help="print the value of vLLM's --kv-transfer-config",
+        epilog='vllm serve MODEL --kv-transfer-config "$(kvortex config --ram-pool-gb 32)"',
+    )
+    config.set_defaults(command=_config)
+
+    demo = commands.add_parser(
+        "demo",
+        parents=[settings],
+        help="serve returning conversations in a real vLLM, without and with KVortex",
+    )
+    demo.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    demo.set_defaults(command=_demo, ram_pool_gb=1.0)
+    return parser
+
+
+def _settings_parser() -> argparse.ArgumentParser:
+    """One option for each setting; their values are checked by KVortexConfig."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for name, field in KVortexConfig.model_fields.items():
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            default=field.default,
+            metavar=name.rpartition("_")[2].upper(),
+            help=f"{field.description} (default: %(default)s)",
+        )
+    return parser
+
+
+def _read_config(arguments: argparse.Namespace) -> KVortexConfig:
+    config = KVortexConfig(**{name: getattr(arguments, name) for name in KVortexConfig.model_fields})
+    load_policy(config.eviction_policy, capacity=1)
+    return config
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    print(json.dumps(_read_config(arguments).kv_transfer_config()))  # noqa: T201
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    config = _read_config(arguments)
+    try:
+        from kvortex.demo import run_demo  # noqa: PLC0415  (needs the packages of `kvortex[demo]`)
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install 'kvortex[demo,vllm]'") from None
+    result = run_demo(config)
+    print(json.dumps(result.as_dict()) if arguments.json else result.table())  # noqa: T201
+    if not result.ok:
+        what = "nothing was restored" if result.outputs_equal else "an output differs"
+        print(f"kvortex: the demonstration failed: {what}", file=sys.stderr)  # noqa: T201
+    return 0 if result.ok else EXIT_FAILED
+
+
+def _complain(error: KVortexError, code: int) -> int:
+    print(f"kvortex: {error}", file=sys.stderr)  # noqa: T201
+    return code
