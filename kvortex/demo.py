@@ -117,6 +117,7 @@ def _serve(folder: Path, config: KVortexConfig | None, say: Callable[[str], None
     who = "vLLM with KVortex" if config else "vLLM without KVortex"
     blocks = num_gpu_blocks()
     arguments = ["--enforce-eager", "--seed", "0", "--block-size", str(BLOCK_TOKENS)]
+    arguments += ["--dtype", "float32"]  # so that no rounding decides which token is likeliest
     arguments += ["--num-gpu-blocks-override", str(blocks), "--max-num-seqs", "8"]
     arguments += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(256 << 20)]
     say(f"{who}: starting, with a KV cache of {blocks - 1} blocks of {BLOCK_TOKENS} tokens")

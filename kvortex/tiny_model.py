@@ -20,7 +20,9 @@ def make_tiny_model(folder: Path, seed: int = 0) -> None:
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,

@@ -15,6 +15,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+os.environ |= {  # for vLLM, before anything imports it
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests find their helpers in any import mode
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -92,3 +98,13 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
         if time.monotonic() > deadline:
             pytest.fail(f"left behind: {left}")
         time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny random Llama in float32."""
+    from kvortex.tiny_model import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("model")
+    make_tiny_model(folder)
+    return str(folder)

@@ -35,6 +35,7 @@ def running(model: str, ram_pool_gb: float | None, **settings: Any) -> Iterator[
     defaults = {
         "enforce_eager": True,
         "enable_prefix_caching": True,
+        "dtype": "float32",
         "max_model_len": 4096,
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 64 << 20,
