@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gc
 import json
 import os
 import random
@@ -78,8 +77,6 @@ def measure(way: str, model: str, lengths: list[int]) -> list[dict[str, Any]]:
             time.sleep(0.3)
             host_hits.append(ask(prompt))
         rows.append(_row(way, start_up, length, cold, gpu_hit, host_hits))
-    del llm
-    gc.collect()
     return rows
 
 
@@ -87,7 +84,9 @@ def _row(
     way: str, start_up: float, length: int, cold: Any, gpu_hit: Any, host_hits: list[Any]
 ) -> dict[str, Any]:
     seconds = sorted(hit[0] for hit in host_hits)
-    p20, _, p50, _, p80 = (seconds[round(q * (len(seconds) - 1))] for q in (0.2, 0.35, 0.5, 0.65, 0.8))
+    p20, _, p50, _, p80 = (
+        seconds[round(q * (len(seconds) - 1))] for q in (0.2, 0.35, 0.5, 0.65, 0.8)
+    )
     return {
         "way": way,
         "prompt_tokens": length,
@@ -134,7 +133,9 @@ def main() -> None:
     for way in args.ways:
         command = [sys.executable, __file__, args.model, "--one", way, "--lengths"]
         command += map(str, args.lengths)
-        run = subprocess.run(command, env=os.environ | SETTINGS, stdout=subprocess.PIPE, text=True)
+        run = subprocess.run(
+            command, env=os.environ | SETTINGS, stdout=subprocess.PIPE, text=True, check=False
+        )
         lines = [line for line in run.stdout.splitlines() if line.startswith("ROWS ")]
         for row in json.loads(lines[-1][5:]) if lines else []:
             print(row, flush=True)

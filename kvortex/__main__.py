@@ -8,6 +8,6 @@ from pathlib import Path
 root = str(Path(__file__).resolve().parent.parent)
 sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) != root]
 
-from kvortex.cli import main  # noqa: E402
+from kvortex.cli import main
 
 sys.exit(main())

@@ -71,30 +71,34 @@ def _settings_parser() -> argparse.ArgumentParser:
 
 
 def _read_config(arguments: argparse.Namespace) -> KVortexConfig:
-    config = KVortexConfig(**{name: getattr(arguments, name) for name in KVortexConfig.model_fields})
+    config = KVortexConfig(
+        **{name: getattr(arguments, name) for name in KVortexConfig.model_fields}
+    )
     load_policy(config.eviction_policy, capacity=1)
     return config
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    print(json.dumps(_read_config(arguments).kv_transfer_config()))  # noqa: T201
+    print(json.dumps(_read_config(arguments).kv_transfer_config()))
     return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     config = _read_config(arguments)
     try:
-        from kvortex.demo import run_demo  # noqa: PLC0415  (needs the packages of `kvortex[demo]`)
+        from kvortex.demo import run_demo
     except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed: pip install 'kvortex[demo,vllm]'") from None
+        raise ConfigError(
+            f"{error.name} is not installed: pip install 'kvortex[demo,vllm]'"
+        ) from None
     result = run_demo(config)
-    print(json.dumps(result.as_dict()) if arguments.json else result.table())  # noqa: T201
+    print(json.dumps(result.as_dict()) if arguments.json else result.table())
     if not result.ok:
         what = "nothing was restored" if result.outputs_equal else "an output differs"
-        print(f"kvortex: the demonstration failed: {what}", file=sys.stderr)  # noqa: T201
+        print(f"kvortex: the demonstration failed: {what}", file=sys.stderr)
     return 0 if result.ok else EXIT_FAILED
 
 
 def _complain(error: KVortexError, code: int) -> int:
-    print(f"kvortex: {error}", file=sys.stderr)  # noqa: T201
+    print(f"kvortex: {error}", file=sys.stderr)
     return code

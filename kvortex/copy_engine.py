@@ -1,6 +1,6 @@
 """CopyEngine: moves blocks between KV tensors and the host pool. Worker side, one thread.
 
-Here are the interface, the engine for machines without a GPU, and the choice between the two.
+Here are the interface and the engine for machines without a GPU.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class CopyEngine(ABC):
 class _Arrived(Ticket):
     done = True
 
-    def wait(self, timeout: float | None = None) -> bool:  # noqa: ARG002  (nothing to wait for)
+    def wait(self, timeout: float | None = None) -> bool:  # noqa: ARG002
         return True
 
 
@@ -82,7 +82,9 @@ class CpuCopyEngine(CopyEngine):
         try:
             paged_copy_reference(pages, ids, places, self.pool.bytes, store=store)
         except (RuntimeError, IndexError) as error:
-            raise TransferError(f"{direction.value} of {len(ids)} blocks failed: {error}") from error
+            raise TransferError(
+                f"{direction.value} of {len(ids)} blocks failed: {error}"
+            ) from error
         return _Arrived()
 
     def fence(self, ticket: Ticket) -> None:
@@ -90,12 +92,3 @@ class CpuCopyEngine(CopyEngine):
 
     def close(self) -> None:
         """Nothing to give back."""
-
-
-def open_copy_engine(layout: Layout, pool: HostPool, num_streams: int) -> CopyEngine:
-    """The engine for the device that the KV tensors are on."""
-    if layout.device.type != "cuda":
-        return CpuCopyEngine(layout, pool)
-    from kvortex.cuda_copy_engine import CudaCopyEngine  # needs triton, which a CPU may lack
-
-    return CudaCopyEngine(layout, pool, num_streams)

@@ -68,7 +68,9 @@ def _common_word(runs: torch.Tensor, slot_bytes: int) -> int:
 class CudaTicket(Ticket):
     """An event behind the last launch of a copy, and the id pages that the copy still reads."""
 
-    def __init__(self, engine: CudaCopyEngine, event: torch.cuda.Event, pages: list[torch.Tensor]):
+    def __init__(
+        self, engine: CudaCopyEngine, event: torch.cuda.Event, pages: list[torch.Tensor]
+    ) -> None:
         self.event = event
         self._engine = engine
         self._pages = pages

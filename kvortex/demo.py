@@ -160,4 +160,4 @@ def _median_ms(answers: list[Answer]) -> float:
 
 
 def _print_progress(line: str) -> None:
-    print(f"[kvortex demo] {line}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"[kvortex demo] {line}", file=sys.stderr, flush=True)

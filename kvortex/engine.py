@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from kvortex.copy_engine import open_copy_engine
 from kvortex.core import (
     MAX_KEY_BYTES,
     BlockNotFoundError,
@@ -21,7 +20,7 @@ from kvortex.layout import make_layout
 from kvortex.plugins import load_policy
 from kvortex.scheduler import OffloadScheduler
 from kvortex.tiers import HostTier
-from kvortex.worker import Worker
+from kvortex.worker import Worker, open_copy_engine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""HostPool: one arena of host memory cut into slots, pinned and mapped into the GPU if there is one."""
+"""HostPool: one arena of host memory cut into slots, pinned and mapped into the GPU if any."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class HostPool:
 
 
 def free_memory_bytes() -> int:
-    """RAM that this process may still take: the machine's or its control group's, whichever is less."""
+    """RAM this process may still take: the machine's or its control group's, whichever is less."""
     available = _meminfo("MemAvailable")
     limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
     if limit is None or used is None:

@@ -77,7 +77,9 @@ class OffloadScheduler:
 
     def load(self, keys: Sequence[BlockKey], block_ids: Sequence[int]) -> Job | None:
         """Plan to bring readable blocks back; ids whose key is gone are reported as lost."""
-        found = [(self.tier.lookup(key), block_id) for key, block_id in zip(keys, block_ids)]
+        found = [
+            (self.tier.lookup(key), block_id) for key, block_id in zip(keys, block_ids, strict=True)
+        ]
         self._lost += [block_id for block, block_id in found if block is None]
         blocks = [block for block, _ in found if block is not None]
         self.tier.pin(blocks)
@@ -102,7 +104,9 @@ class OffloadScheduler:
             self._flights[job_id].failed = True
         if any(self._is_failed_load(job_id) for job_id in report.failed):
             self.discard_stores()
-        done = [flight for job_id, n in report.finished.items() if (flight := self._land(job_id, n))]
+        done = [
+            flight for job_id, n in report.finished.items() if (flight := self._land(job_id, n))
+        ]
         for flight in done:
             self._end(flight)
         return done

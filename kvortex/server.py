@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import httpx
 from kvortex.core import KVortexError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -170,20 +171,16 @@ class Server:
         if process is None:
             return
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # whoever is left of its session
-        except ProcessLookupError:
-            pass
         process.wait()
         self._client.close()
         self._process = None
 
 
-def _events(response: httpx.Response) -> Any:  # noqa: ANN401
+def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
     """The JSON objects of a stream of server-sent events."""
     for line in response.iter_lines():
         if line.startswith("data: ") and line != "data: [DONE]":

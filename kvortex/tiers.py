@@ -20,7 +20,7 @@ class _Arrivals:
 
     count: int = 0
     newest: int = 0
-    """Order of the newest one that arrived; older ones are out of date, even once it was evicted."""
+    """Order of the newest one that arrived; older ones are stale, even once it was evicted."""
 
 
 class HostTier:
@@ -44,7 +44,7 @@ class HostTier:
         return key in self._arriving
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
-        """Count one use of each readable key, the last first, so that a prefix outlives its tail."""
+        """Count a use of each readable key, the last first, so that a prefix outlives its tail."""
         for key in reversed(keys):
             if self.index.get(key) is not None:
                 self._policy.hit(key)

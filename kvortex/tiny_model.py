@@ -1,4 +1,4 @@
-"""A tiny random Llama with a byte-level tokenizer, made locally: a model for demonstrations and tests."""
+"""A tiny random Llama with a byte-level tokenizer, made locally, for demonstrations and tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker: carries out StepPlans on one rank and reports what finished. Runs on the model's thread."""
+"""Worker: carries out StepPlans on one rank and reports what finished, on the model's thread."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvortex.copy_engine import CpuCopyEngine
 from kvortex.core import Direction, Job, StepPlan, StepReport, TransferError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvortex.copy_engine import CopyEngine, Ticket
+    from kvortex.host_pool import HostPool
+    from kvortex.layout import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +101,10 @@ class Worker:
 
     def _check_slots(self, jobs: Sequence[Job]) -> None:
         """A rank whose pool has fewer slots than the scheduler counted must not write past it."""
-        last, num_slots = max(int(job.slots.max()) for job in jobs), self._copy_engine.pool.num_slots
+        last, num_slots = (
+            max(int(job.slots.max()) for job in jobs),
+            self._copy_engine.pool.num_slots,
+        )
         if last >= num_slots:
             raise TransferError(f"slot {last} does not exist on this rank ({num_slots} slots)")
 
@@ -123,3 +129,16 @@ class Worker:
         if not self._logged:
             self._logged = True
             logger.error("%s. The engine goes on; later failures are only counted.", error)
+
+
+def open_copy_engine(layout: Layout, pool: HostPool, num_streams: int) -> CopyEngine:
+    """The engine for the device that the KV tensors are on.
+
+    Raises:
+        TransferError: this GPU cannot run the kernel.
+    """
+    if layout.device.type != "cuda":
+        return CpuCopyEngine(layout, pool)
+    from kvortex.cuda_copy_engine import CudaCopyEngine  # needs triton, which a CPU may lack
+
+    return CudaCopyEngine(layout, pool, num_streams)

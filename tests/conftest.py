@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis profiles, the kernel's interpreter, the device, the leak check."""
+"""What all tests share: hypothesis profiles, the interpreted kernel, the device, the leak check."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 os.environ |= {  # for vLLM, before anything imports it
     "OMP_NUM_THREADS": "1",
@@ -21,7 +24,9 @@ os.environ |= {  # for vLLM, before anything imports it
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
-sys.path.insert(0, str(Path(__file__).parent))  # so that tests find their helpers in any import mode
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # so that tests find their helpers in any import mode
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("default", max_examples=100, deadline=None, suppress_health_check=RELAXED)
@@ -29,17 +34,19 @@ settings.register_profile(
     "ci", settings.get_profile("default"), derandomize=True, database=None, print_blob=True
 )
 settings.register_profile("nightly", settings.get_profile("default"), max_examples=500)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "default"))
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "default")
+)
 
 
 def _import_kernel() -> None:
-    """Without a GPU the kernel is interpreted, and only it: the variable is gone before vLLM looks."""
+    """Without a GPU the kernel is interpreted, and only it: vLLM must not see the variable."""
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
-        import triton  # noqa: F401  (its own library stays compiled)
+        import triton
 
         if not torch.cuda.is_available():
             patch.setenv("TRITON_INTERPRET", "1")
-        import kvortex.triton_kernels.paged_copy  # noqa: F401
+        import kvortex.triton_kernels.paged_copy
 
 
 _import_kernel()

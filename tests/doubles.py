@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +13,8 @@ from kvortex.host_pool import HostPool
 from kvortex.layout import Layout, make_layout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvortex.core import BlockIds
 
 GARBAGE = 0xEE

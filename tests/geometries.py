@@ -1,4 +1,4 @@
-"""KV tensors in the geometries that vLLM hands over, and where their bytes lie, found independently.
+"""KV tensors in the geometries of vLLM, and where their bytes lie, found independently.
 
 Every tensor lies in memory full of noise with more noise around it, so that a comparison of whole
 allocations shows each byte that was touched and should not have been.
@@ -6,11 +6,15 @@ allocations shows each byte that was touched and should not have been.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 Tensors = dict[str, torch.Tensor]
 ORDERS_033 = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]
@@ -101,14 +105,15 @@ def shared_layers(device: torch.device) -> Tensors:
     return {"first": first, "same": first, "same permuted": first.permute(0, 2, 1)}
 
 
+def _nhd_of(dtype: torch.dtype, device: torch.device) -> Tensors:
+    return {"a": nhd(5, 3, 2, 14, dtype, device)}
+
+
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8]
 GEOMETRIES = [
-    *(
-        Geometry(f"NHD {dtype}", lambda device, t=dtype: {"a": nhd(5, 3, 2, 14, t, device)})
-        for dtype in DTYPES
-    ),
+    *(Geometry(f"NHD {dtype}", partial(_nhd_of, dtype)) for dtype in DTYPES),
     Geometry("HND", lambda device: {"a": dense((5, 2, 3, 14), torch.bfloat16, device)}),
-    *(Geometry(f"0.33 {order}", lambda device, o=order: one_backing(o, device)) for order in ORDERS_033),
+    *(Geometry(f"0.33 {order}", partial(one_backing, order)) for order in ORDERS_033),
     Geometry("MLA", lambda device: {"a": dense((9, 3, 37), torch.float16, device)}),
     Geometry("kernel blocks", lambda device: {"a": dense((12, 2, 3, 4), torch.float16, device)}, 4),
     Geometry("kernel blocks NHD", lambda device: {"a": nhd(6, 5, 3, 4, torch.float16, device)}, 2),

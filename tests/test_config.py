@@ -52,7 +52,12 @@ def test_unknown_setting_names_the_known_ones() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("ram_pool_gb", 65536), ("ram_pool_gb", 1e-9), ("num_cuda_streams", 1), ("num_cuda_streams", 32)],
+    [
+        ("ram_pool_gb", 65536),
+        ("ram_pool_gb", 1e-9),
+        ("num_cuda_streams", 1),
+        ("num_cuda_streams", 32),
+    ],
 )
 def test_limits_are_allowed(key: str, value: float) -> None:
     assert getattr(KVortexConfig(**{key: value}), key) == value
@@ -107,4 +112,4 @@ def test_public_names_exist() -> None:
     for name in kvortex.__all__:
         assert getattr(kvortex, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = kvortex.nothing  # type: ignore[attr-defined]
+        _ = kvortex.nothing

@@ -1,23 +1,46 @@
-"""A real vLLM on the CPU, in this process: what it restores, and that its greedy output is the same."""
+"""A real vLLM in this process: what it restores, and that its greedy output is the same."""
 
 from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvortex import KVortexConfig
 from kvortex.core import ConfigError, Direction, TransferError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
 BLOCK = 32
-LENGTHS = [1, 31, 32, 33, 63, 64, 65, 96, 97, 128, 150, 200, 255, 256, 257, 333, 400, 512, 777, 1000]
+LENGTHS = [
+    1,
+    31,
+    32,
+    33,
+    63,
+    64,
+    65,
+    96,
+    97,
+    128,
+    150,
+    200,
+    255,
+    256,
+    257,
+    333,
+    400,
+    512,
+    777,
+    1000,
+]
 LENGTHS += [1500, 2048]
 
 
@@ -28,7 +51,7 @@ def prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
 
 @contextmanager
 def running(model: str, ram_pool_gb: float | None, **settings: Any) -> Iterator[Any]:
-    """An LLM, with KVortex unless `ram_pool_gb` is None; gone with everything it held afterwards."""
+    """An LLM, with KVortex unless `ram_pool_gb` is None; afterwards nothing of it is left."""
     from vllm import LLM
 
     config = KVortexConfig(ram_pool_gb=ram_pool_gb) if ram_pool_gb else None
@@ -64,7 +87,8 @@ def worker_of_this_process() -> Any:
 
 
 def counters(llm: Any) -> dict[str, int]:
-    return connector(llm)._scheduler.offload.counters.as_dict()
+    counted: dict[str, int] = connector(llm)._scheduler.offload.counters.as_dict()
+    return counted
 
 
 def answers(llm: Any, asked: list[Any], tokens: int = 40) -> tuple[list[list[int]], list[int]]:
@@ -81,7 +105,7 @@ def whole_blocks(lengths: list[int]) -> list[int]:
 
 
 def metric(llm: Any, name: str) -> float:
-    return sum(m.value for m in llm.get_metrics() if m.name == name)
+    return float(sum(m.value for m in llm.get_metrics() if m.name == name))
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +228,9 @@ def test_aborted_requests_leave_nothing_behind(tiny_model: str, expected: list[l
             ]
             for _ in range(rounds):
                 engine.step()
-            engine.abort_request([i if isinstance(i, str) else f"{rounds}-{n}" for n, i in enumerate(ids)])
+            engine.abort_request(
+                [i if isinstance(i, str) else f"{rounds}-{n}" for n, i in enumerate(ids)]
+            )
         while engine.has_unfinished_requests():
             engine.step()
         assert answers(llm, asked)[0] == expected
@@ -240,8 +266,9 @@ def test_bad_configuration_is_refused_in_one_line(extra: dict[str, Any], words: 
 
 def test_bad_configuration_stops_a_server_that_captures_no_graphs(tiny_model: str) -> None:
     bad = KVortexConfig().kv_transfer_config() | {"kv_connector_extra_config": {"ram_pool": 1}}
-    with pytest.raises(ConfigError, match="ram_pool=1"), running(
-        tiny_model, None, kv_transfer_config=bad
+    with (
+        pytest.raises(ConfigError, match="ram_pool=1"),
+        running(tiny_model, None, kv_transfer_config=bad),
     ):
         pass
 

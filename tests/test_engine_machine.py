@@ -1,11 +1,11 @@
-"""KVortexEngine against a dict of bytes, over every installed policy, with copies that end or fail late."""
+"""KVortexEngine against a dict of bytes, over every policy, with copies that fail or are late."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import torch
@@ -22,9 +22,11 @@ from hypothesis.stateful import (
 import kvortex.engine
 from kvortex import BlockNotFoundError, KVortexConfig, KVortexEngine, TransferError
 from kvortex.core import Direction
-from kvortex.engine import Transfer
 from kvortex.host_pool import GIB
 from kvortex.plugins import policy_names
+
+if TYPE_CHECKING:
+    from kvortex.engine import Transfer
 
 NUM_BLOCKS = 6
 SLOT_BYTES = 16 + 32
@@ -147,9 +149,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.copies.refuse = refuse
         transfer = self.engine.load_blocks(*request)
         assert transfer.blocks == len(moves)
-        self.started(
-            Direction.LOAD, transfer, [(k, b, self.there[k]) for k, b in moves], refuse
-        )
+        self.started(Direction.LOAD, transfer, [(k, b, self.there[k]) for k, b in moves], refuse)
 
     @rule(ends=st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=4))
     def end(self, ends: list[tuple[int, bool]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,7 @@ def pinned(device: torch.device) -> bool:
 
 
 def resident_bytes() -> int:
-    with open("/proc/self/statm") as numbers:
-        return int(numbers.read().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def test_slots_are_one_piece_of_memory(pinned: bool) -> None:
@@ -82,7 +82,9 @@ def test_more_than_can_be_allocated(num_slots: int) -> None:
     with pytest.raises(PoolAllocationError) as caught:
         HostPool(num_slots, 1 << 20, pinned=False)
     message = str(caught.value)
-    assert message.startswith(f"cannot allocate {num_slots * (1 << 20) / GIB:.1f} GiB of host memory")
+    assert message.startswith(
+        f"cannot allocate {num_slots * (1 << 20) / GIB:.1f} GiB of host memory"
+    )
     assert re.search(r": [\d.]+ GiB are free, ulimit -l is (unlimited|[\d.]+ GiB); ", message)
     assert message.endswith("lower ram_pool_gb")
     assert isinstance(caught.value, MemoryError)
@@ -106,7 +108,9 @@ def test_more_than_is_free_is_refused() -> None:
 def test_limit_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvortex.host_pool.free_memory_bytes", lambda: 4 * GIB)
     require_free_memory(4, 4 * GIB)
-    with pytest.raises(ConfigError, match=r"has 4\.0 GiB of free RAM; use at most ram_pool_gb=3\.6"):
+    with pytest.raises(
+        ConfigError, match=r"has 4\.0 GiB of free RAM; use at most ram_pool_gb=3\.6"
+    ):
         require_free_memory(4, 4 * GIB + 1)
 
 

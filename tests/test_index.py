@@ -1,4 +1,4 @@
-"""Index: slots are conserved, no slot has two holders, and a key is readable only when published."""
+"""Index: slots are conserved, none has two holders, a key is readable only when published."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvortex.index import Index, State
+from kvortex.index import Block, Index, State
 
 A, B = b"a", b"b"
 
@@ -99,7 +99,9 @@ def test_key_is_stored_anew_while_its_older_bytes_are_read() -> None:
     assert counts(index) == (1, 0, 1)
 
 
-@pytest.mark.parametrize("act", ["publish twice", "second of a key", "pin reserved", "unpin unpinned"])
+@pytest.mark.parametrize(
+    "act", ["publish twice", "second of a key", "pin reserved", "unpin unpinned"]
+)
 def test_misuse_is_our_own_bug(act: str) -> None:
     index = Index(3)
     block, other = index.reserve(A), index.reserve(A)
@@ -139,7 +141,9 @@ VERBS = st.sampled_from(["reserve", "publish", "abort", "forget", "pin", "unpin"
 @given(steps=st.lists(st.tuples(VERBS, st.integers(0, 3), st.integers(0, 99)), max_size=60))
 def test_conserves_slots(steps: list[tuple[str, int, int]]) -> None:
     index = Index(4)
-    reserved, readable, pinned = [], {}, []
+    reserved: list[Block] = []
+    readable: dict[bytes, Block] = {}
+    pinned: list[Block] = []
     for verb, number, pick in steps:
         key = bytes([number])
         if verb == "reserve" and index.free:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from geometries import (
@@ -20,6 +22,9 @@ from hypothesis import strategies as st
 
 from kvortex.core import LayoutError
 from kvortex.layout import PAGE_ALIGNMENT, Layout, Page, make_layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CPU = torch.device("cpu")
 
@@ -120,8 +125,12 @@ def test_views_alias_the_tensor() -> None:
     assert tensor.view(torch.uint8)[[0, 2]].eq(0).all()
 
 
-REFUSED = {
-    "expanded": (lambda: torch.zeros(1, 4).expand(3, 4), None, ["(3, 4)", "(0, 1)", "share memory"]),
+REFUSED: dict[str, tuple[Callable[[], torch.Tensor], int | None, list[str]]] = {
+    "expanded": (
+        lambda: torch.zeros(1, 4).expand(3, 4),
+        None,
+        ["(3, 4)", "(0, 1)", "share memory"],
+    ),
     "expanded inside": (lambda: torch.zeros(3, 1).expand(3, 4), None, ["(3, 4)", "(1, 0)"]),
     "overlapping blocks": (
         lambda: torch.zeros(20).as_strided((3, 4), (3, 1)),
@@ -165,7 +174,7 @@ def test_layers_of_unequal_block_counts_are_refused() -> None:
 
 
 def test_several_devices_are_refused() -> None:
-    with pytest.raises(LayoutError, match="several devices.*cpu.*meta"):
+    with pytest.raises(LayoutError, match=r"several devices.*cpu.*meta"):
         make_layout({"a": torch.zeros(4, 4), "b": torch.zeros(4, 4, device="meta")})
 
 

@@ -120,9 +120,7 @@ FEW_RUNS = [g for g in GEOMETRIES if g.name in ("HND", "MLA", "kernel blocks", "
 
 @pytest.mark.parametrize("chunk_words", [4, 16, 64])
 @pytest.mark.parametrize("geometry", FEW_RUNS, ids=lambda geometry: geometry.name)
-def test_runs_of_several_chunks(
-    geometry: Geometry, place: torch.device, chunk_words: int
-) -> None:
+def test_runs_of_several_chunks(geometry: Geometry, place: torch.device, chunk_words: int) -> None:
     assert_same(geometry, place, chunk_words)
 
 

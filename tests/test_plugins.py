@@ -131,7 +131,7 @@ def test_a_policy_that_cannot_be_made(install: Install) -> None:
 
 def test_a_policy_that_is_not_there(install: Install) -> None:
     install(missing="Missing")
-    with pytest.raises(ConfigError, match="'missing': fake_policies:Missing.*AttributeError"):
+    with pytest.raises(ConfigError, match=r"'missing': fake_policies:Missing.*AttributeError"):
         load_policy("missing", 7)
 
 
@@ -143,5 +143,5 @@ def test_a_policy_that_lacks_verbs(install: Install) -> None:
 
 def test_engine_of_unknown_policy_takes_no_memory() -> None:
     config = KVortexConfig(ram_pool_gb=60000, eviction_policy="nobody's")
-    with pytest.raises(ConfigError, match="eviction_policy=\"nobody's\": not installed"):
+    with pytest.raises(ConfigError, match='eviction_policy="nobody\'s": not installed'):
         KVortexEngine(config, {"a": torch.zeros(4, 16)})

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvortex.plugins import load_policy, policy_names
-from kvortex.policies import EvictionPolicy
 from kvortex.policies.lru_freq import CANDIDATES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvortex.policies import EvictionPolicy
 
 Step = tuple[str, int, frozenset[int]]
 STEPS = st.lists(
@@ -23,7 +28,7 @@ STEPS = st.lists(
 )
 
 
-def none_pinned(key: bytes) -> bool:  # noqa: ARG001
+def none_pinned(key: bytes) -> bool:
     return False
 
 
@@ -69,6 +74,10 @@ def test_same_steps_same_victims(name: str, steps: list[Step]) -> None:
     assert _victims(name, steps) == _victims(name, steps)
 
 
+def among(pinned: frozenset[int]) -> Callable[[bytes], bool]:
+    return lambda key: key[0] in pinned
+
+
 def _victims(name: str, steps: list[Step]) -> list[bytes | None]:
     policy, resident, victims = load_policy(name, 8), set(), []
     for verb, number, pinned in steps:
@@ -79,7 +88,7 @@ def _victims(name: str, steps: list[Step]) -> list[bytes | None]:
         elif verb == "hit" and key in resident:
             policy.hit(key)
         elif verb == "evict":
-            victims.append(policy.evict(lambda k, pinned=pinned: k[0] in pinned))
+            victims.append(policy.evict(among(pinned)))
             resident.discard(victims[-1])
     return victims + drain(policy)
 
@@ -105,7 +114,7 @@ def test_lru_equals_a_list(steps: list[Step]) -> None:
             order.remove(key)
         elif verb == "evict":
             expected = next((k for k in order if k[0] not in pinned), None)
-            assert policy.evict(lambda k, pinned=pinned: k[0] in pinned) == expected
+            assert policy.evict(among(pinned)) == expected
             if expected is not None:
                 order.remove(expected)
     assert drain(policy) == order
@@ -129,7 +138,7 @@ def test_lfu_equals_a_counter(steps: list[Step]) -> None:
         elif verb == "evict":
             left = [k for k in uses if k[0] not in pinned]
             expected = min(left, key=lambda k: (uses[k], since[k]), default=None)
-            assert policy.evict(lambda k, pinned=pinned: k[0] in pinned) == expected
+            assert policy.evict(among(pinned)) == expected
             if expected is not None:
                 del uses[expected]
     assert drain(policy) == sorted(uses, key=lambda k: (uses[k], since[k]))
@@ -178,4 +187,6 @@ def test_lru_freq_looks_at_the_oldest_only() -> None:
         policy.hit(bytes([number]))
     policy.insert(b"young and used once")
     assert policy.evict(none_pinned) == bytes([CANDIDATES])  # now the oldest, and used once
-    assert policy.evict(none_pinned) == bytes([0])  # of equals the oldest; the young one is no candidate
+    assert policy.evict(none_pinned) == bytes(
+        [0]
+    )  # of equals the oldest; the young one is no candidate

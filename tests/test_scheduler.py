@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -10,6 +10,9 @@ from kvortex.core import Job, StepReport
 from kvortex.policies import LRU
 from kvortex.scheduler import OffloadScheduler
 from kvortex.tiers import HostTier
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 A, B, C, D = b"a", b"b", b"c", b"d"
 
@@ -26,8 +29,20 @@ def report(*jobs: Job | None, failed: Iterable[Job | None] = ()) -> StepReport:
     )
 
 
+def planned_store(keeper: OffloadScheduler, keys: Sequence[bytes], ids: Sequence[int]) -> Job:
+    job = keeper.store(keys, ids)
+    assert job is not None
+    return job
+
+
+def planned_load(keeper: OffloadScheduler, keys: Sequence[bytes], ids: Sequence[int]) -> Job:
+    job = keeper.load(keys, ids)
+    assert job is not None
+    return job
+
+
 def stored(keeper: OffloadScheduler, *keys: bytes) -> None:
-    job = keeper.store(keys, range(len(keys)))
+    job = planned_store(keeper, keys, range(len(keys)))
     keeper.settle(StepReport({job.id: 99}))
     assert keeper.match(keys) == len(keys)
 
@@ -40,7 +55,7 @@ def counts(keeper: OffloadScheduler) -> tuple[int, int, int]:
 
 def test_store_is_readable_once_reported() -> None:
     keeper = scheduler()
-    job = keeper.store([A, B], [7, 3])
+    job = planned_store(keeper, [A, B], [7, 3])
     assert job.block_ids.tolist() == [7, 3]
     assert len(set(job.slots.tolist())) == 2
     assert (keeper.match([A, B]), keeper.wants(A), keeper.pending) == (0, False, True)
@@ -60,12 +75,12 @@ def test_match_stops_at_the_first_miss() -> None:
 
 def test_plan_is_taken_once() -> None:
     keeper = scheduler()
-    store = keeper.store([A], [0])
+    store = planned_store(keeper, [A], [0])
     plan = keeper.take_plan()
     assert (plan.loads, plan.stores, plan.has_forward) == ((), (store,), True)
     assert keeper.take_plan(has_forward=False).stores == ()
     keeper.settle(report(store))
-    load = keeper.load([A], [5])
+    load = planned_load(keeper, [A], [5])
     plan = keeper.take_plan(has_forward=False)
     assert (plan.loads, plan.stores, plan.has_forward) == ((load,), (), False)
     assert load.slots.tolist() == store.slots.tolist()
@@ -74,7 +89,7 @@ def test_plan_is_taken_once() -> None:
 
 def test_readable_only_after_every_rank_reported() -> None:
     keeper = scheduler(num_ranks=3)
-    job = keeper.store([A], [0])
+    job = planned_store(keeper, [A], [0])
     for _ in range(2):
         assert keeper.settle(report(job)) == []
         assert keeper.match([A]) == 0
@@ -84,7 +99,7 @@ def test_readable_only_after_every_rank_reported() -> None:
 
 def test_ranks_may_report_together() -> None:
     keeper = scheduler(num_ranks=3)
-    job = keeper.store([A], [0])
+    job = planned_store(keeper, [A], [0])
     keeper.settle(report(job).merge(report(job)).merge(StepReport()))
     assert keeper.match([A]) == 0
     keeper.settle(report(job))
@@ -94,7 +109,7 @@ def test_ranks_may_report_together() -> None:
 @pytest.mark.parametrize("bad_rank", [0, 1, 2])
 def test_one_failing_rank_fails_the_store(bad_rank: int) -> None:
     keeper = scheduler(num_ranks=3)
-    job = keeper.store([A, B], [0, 1])
+    job = planned_store(keeper, [A, B], [0, 1])
     for rank in range(3):
         done = keeper.settle(report(job, failed=[job] if rank == bad_rank else []))
         assert bool(done) is (rank == 2)
@@ -106,7 +121,7 @@ def test_one_failing_rank_fails_the_store(bad_rank: int) -> None:
 
 def test_slots_are_held_until_the_last_rank_is_done() -> None:
     keeper = scheduler(num_ranks=2)
-    job = keeper.store([A, B, C, D], [0, 1, 2, 3])
+    job = planned_store(keeper, [A, B, C, D], [0, 1, 2, 3])
     keeper.settle(report(job, failed=[job]))
     assert keeper.store([b"e"], [0]) is None
     keeper.settle(report(job))
@@ -115,8 +130,8 @@ def test_slots_are_held_until_the_last_rank_is_done() -> None:
 
 def test_store_takes_what_slots_there_are() -> None:
     keeper = scheduler(num_slots=3)
-    first = keeper.store([A, B], [0, 1])
-    second = keeper.store([C, D], [2, 3])
+    first = planned_store(keeper, [A, B], [0, 1])
+    second = planned_store(keeper, [C, D], [2, 3])
     assert second.block_ids.tolist() == [2]
     assert keeper.counters.refused_stores == 1
     assert keeper.store([D], [3]) is None
@@ -140,7 +155,7 @@ def test_lost_source() -> None:
     """vLLM was promised a block that is gone when the load is planned: it must compute it again."""
     keeper = scheduler()
     stored(keeper, A)
-    job = keeper.load([A, B, C], [7, 8, 9])
+    job = planned_load(keeper, [A, B, C], [7, 8, 9])
     assert job.block_ids.tolist() == [7]
     assert keeper.take_plan().lost_block_ids == (8, 9)
     assert keeper.take_plan().lost_block_ids == ()
@@ -231,7 +246,7 @@ def test_reset_with_stores_and_loads_under_way() -> None:
 
 def test_reports_of_unknown_jobs_are_ignored() -> None:
     keeper = scheduler()
-    store = keeper.store([A], [0])
+    store = planned_store(keeper, [A], [0])
     assert keeper.settle(StepReport({99: 1, store.id: 1}, frozenset({98}))) != []
     assert keeper.settle(report(store, failed=[store])) == []
     assert keeper.match([A]) == 1

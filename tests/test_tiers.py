@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from kvortex.index import Block, Index
 from kvortex.policies import LRU, EvictionPolicy
 from kvortex.tiers import HostTier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvortex.index import Block, Index
 
 A, B, C, D = b"a", b"b", b"c", b"d"
 
@@ -91,7 +95,9 @@ def test_lookup_is_no_use() -> None:
 def test_reserve_gives_a_leading_part() -> None:
     host = tier(3)
     stored(host, A, B)
-    host.pin([host.lookup(A)])
+    pinned = host.lookup(A)
+    assert pinned is not None
+    host.pin([pinned])
     blocks = host.reserve([b"1", b"2", b"3", b"4"])
     assert [block.key for block in blocks] == [b"1", b"2"]
     assert readable(host) == [A]
@@ -213,7 +219,7 @@ class _Stubborn(EvictionPolicy):
 
     def hit(self, key: bytes) -> None: ...
 
-    def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:  # noqa: ARG002
+    def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:
         return self.victim
 
     def remove(self, key: bytes) -> None: ...

@@ -1,4 +1,4 @@
-"""Worker: carries out plans, never raises for a copy, and keeps nothing of a step that went wrong."""
+"""Worker: carries out plans, never raises for a copy, keeps nothing of a step that went wrong."""
 
 from __future__ import annotations
 

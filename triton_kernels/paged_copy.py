@@ -1,4 +1,4 @@
-"""paged_copy: one launch gathers or scatters the strided pages of many KV blocks over all layers."""
+"""paged_copy: one launch gathers or scatters the pages of many KV blocks over all layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The copy of paged KV blocks in plain torch: what the kernel must equal, and the path without GPU."""
+"""The copy of paged KV blocks in plain torch: what the kernel must equal, and the CPU's path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def paged_copy_reference(
     """Copy blocks between KV memory and host slots.
 
     Args:
-        pages: per layer a uint8 view (num_blocks, *runs, run_bytes) and the page's offset in a slot.
+        pages: per layer a uint8 view (num_blocks, *runs, run_bytes) and its offset in a slot.
         block_ids: int64 (n,).
         slots: int64 (n,), the slot of each block.
         host: uint8 (num_slots, slot_bytes).

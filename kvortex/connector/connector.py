@@ -203,7 +203,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """No. As vLLM asks this first, a bad configuration is refused here, before a model loads."""
+        """No. As vLLM asks this first, a bad configuration is refused here, before any loading."""
         config = _checked_config(extra_config, log=True)
         require_free_memory(config.ram_pool_gb, config.ram_pool_bytes)
         return False

@@ -50,9 +50,10 @@ def unsupported(kv_cache_config: KVCacheConfig) -> str | None:
 def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Geometry:
     """Read off a supported configuration."""
     group = kv_cache_config.kv_cache_groups[0]
-    spec, block_tokens = group.kv_cache_spec, resolve_kv_cache_block_sizes(
-        kv_cache_config, vllm_config
-    )[0]
+    spec, block_tokens = (
+        group.kv_cache_spec,
+        resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[0],
+    )
     if isinstance(spec, UniformTypeKVCacheSpecs):
         sizes = [layer.page_size_bytes for layer in spec.kv_cache_specs.values()]
     else:

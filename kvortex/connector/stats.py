@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class KVortexStats(KVConnectorStats):
     """Counter name to increase since the last step."""
 
+    data: dict[str, int]
+
     def reset(self) -> None:
         """Start again from nothing."""
         self.data = {}
@@ -47,13 +49,18 @@ class CounterDiff:
     def take(self, counters: Counters) -> KVortexStats | None:
         """Increases since the last call; None if there are none."""
         now = counters.as_dict()
-        increase = {name: now[name] - self._last[name] for name in now if now[name] != self._last[name]}
+        increase = {
+            name: now[name] - self._last[name] for name in now if now[name] != self._last[name]
+        }
         self._last = now
         return KVortexStats(increase) if increase else None
 
 
 class KVortexPromMetrics(KVConnectorPromMetrics):
-    """`kvortex:<counter>_total` for each counter, labelled like vLLM's own metrics."""
+    """`vllm:kvortex_<counter>_total` for each counter, labelled like vLLM's own metrics.
+
+    The prefix is vLLM's for its connectors: by it vLLM finds what a former engine registered.
+    """
 
     def __init__(
         self,
@@ -65,7 +72,7 @@ class KVortexPromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters = {
             counter.name: self._counter_cls(
-                name=f"kvortex:{counter.name}",
+                name=f"vllm:kvortex_{counter.name}",
                 documentation=f"KVortex: {counter.name.replace('_', ' ')} since start.",
                 labelnames=labelnames,
             )

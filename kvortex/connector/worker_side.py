@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from kvortex.copy_engine import open_copy_engine
 from kvortex.engine import slots_in_pool
 from kvortex.host_pool import GIB, HostPool, require_free_memory
 from kvortex.layout import make_layout
-from kvortex.worker import Worker
+from kvortex.worker import Worker, open_copy_engine
 
 if TYPE_CHECKING:
     import torch

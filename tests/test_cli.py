@@ -1,0 +1,64 @@
+"""The `kvortex` command: what it prints, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import kvortex
+from kvortex import KVortexConfig
+from kvortex.cli import main
+
+
+def test_config_prints_what_vllm_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--ram-pool-gb", "32", "--eviction-policy", "lru"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == KVortexConfig(ram_pool_gb=32, eviction_policy="lru").kv_transfer_config()
+    assert printed["kv_connector_extra_config"]["ram_pool_gb"] == 32
+
+
+def test_config_without_options_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config"]) == 0
+    assert json.loads(capsys.readouterr().out) == KVortexConfig().kv_transfer_config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ram-pool-gb", "0"], ["ram_pool_gb='0'", "greater than 0"]),
+        (["--ram-pool-gb", "much"], ["ram_pool_gb='much'", "valid number"]),
+        (["--num-cuda-streams", "99"], ["num_cuda_streams='99'", "32"]),
+        (["--eviction-policy", "mru"], ["eviction_policy='mru'", "lru_freq"]),
+    ],
+)
+def test_bad_settings_are_one_line_and_code_2(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert all(word in shown.err for word in words)
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["config", "--ram-pool", "x", "y"]])
+def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: kvortex" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == f"kvortex {kvortex.__version__}"
+
+
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["config", "--help"])
+    shown = capsys.readouterr().out
+    assert all("--" + name.replace("_", "-") in shown for name in KVortexConfig.model_fields)

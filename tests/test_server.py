@@ -1,0 +1,80 @@
+"""A real vLLM API server with KVortex in processes of its own, asked over HTTP."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvortex import KVortexConfig
+from kvortex.server import Server, ServerError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm]
+
+BLOCK = 32
+LENGTHS = [33, 64, 100, 500, 700, 1000, 1200, 1500]
+ARGUMENTS = "--enforce-eager --dtype float32 --seed 0 --max-model-len 2048 --max-num-seqs 8"
+ARGUMENTS += f" --block-size {BLOCK} --kv-cache-memory-bytes {64 << 20}"
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler and the server each in a process of its own, as users run them."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+
+
+def prompts() -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(4, 260) for _ in range(length)] for length in LENGTHS]
+
+
+def serve(model: str, folder: Path, transfer: dict[str, Any] | None) -> Server:
+    return Server(model, folder, ARGUMENTS.split(), transfer)
+
+
+@pytest.mark.usefixtures("processes")
+def test_streamed_output_is_equal_and_metrics_show_the_hits(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    config = KVortexConfig(ram_pool_gb=0.5)
+    with serve(tiny_model, tmp_path, config.kv_transfer_config()) as server:
+        cold = [server.complete(prompt, 30).token_ids for prompt in prompts()]
+        assert server.counter("vllm:external_prefix_cache_hits") == 0
+        server.reset_prefix_cache()
+        with ThreadPoolExecutor(len(LENGTHS)) as people:
+            restored = list(people.map(lambda prompt: server.complete(prompt, 30), prompts()))
+        hits = sum((length - 1) // BLOCK * BLOCK for length in LENGTHS)
+        assert [answer.token_ids for answer in restored] == cold
+        assert all(len(tokens) == 30 for tokens in cold)
+        assert server.counter("vllm:external_prefix_cache_hits") == hits
+        assert server.counter("vllm:prefix_cache_hits") == 0
+        assert server.counter("vllm:kvortex_loaded_blocks") == hits // BLOCK
+        assert server.counter("vllm:kvortex_stored_blocks") >= hits // BLOCK
+        assert server.counter("vllm:kvortex_failed_loads") == 0
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        ({"ram_pool": 1}, "KVortex cannot start: unknown setting ram_pool=1: the settings are"),
+        (
+            {"eviction_policy": "mru"},
+            "eviction_policy='mru': not installed; use lfu, lru, lru_freq",
+        ),
+    ],
+)
+def test_bad_configuration_ends_the_server_at_once(
+    tiny_model: str, tmp_path: Path, extra: dict[str, Any], line: str
+) -> None:
+    transfer = KVortexConfig().kv_transfer_config() | {"kv_connector_extra_config": extra}
+    with pytest.raises(ServerError), serve(tiny_model, tmp_path, transfer):
+        pass
+    assert line in (tmp_path / "server.log").read_text()
