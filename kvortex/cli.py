@@ -37,11 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvortex", description="KV cache offloading for vLLM.")
     parser.add_argument("--version", action="version", version=f"kvortex {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    settings = _settings_parser()
 
     config = commands.add_parser(
         "config",
-        parents=[settings],
+        parents=[_settings_parser()],
         help="print the value of vLLM's --kv-transfer-config",
         epilog='vllm serve MODEL --kv-transfer-config "$(kvortex config --ram-pool-gb 32)"',
     )
@@ -49,21 +48,21 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        parents=[settings],
+        parents=[_settings_parser(ram_pool_gb=1.0)],
         help="serve returning conversations in a real vLLM, without and with KVortex",
     )
     demo.add_argument("--json", action="store_true", help="print one JSON object, not a table")
-    demo.set_defaults(command=_demo, ram_pool_gb=1.0)
+    demo.set_defaults(command=_demo)
     return parser
 
 
-def _settings_parser() -> argparse.ArgumentParser:
+def _settings_parser(**defaults: float) -> argparse.ArgumentParser:
     """One option for each setting; their values are checked by KVortexConfig."""
     parser = argparse.ArgumentParser(add_help=False)
     for name, field in KVortexConfig.model_fields.items():
         parser.add_argument(
             "--" + name.replace("_", "-"),
-            default=field.default,
+            default=defaults.get(name, field.default),
             metavar=name.rpartition("_")[2].upper(),
             help=f"{field.description} (default: %(default)s)",
         )

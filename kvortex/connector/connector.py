@@ -57,7 +57,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         _log_like_vllm()
         extra = self._kv_transfer_config.kv_connector_extra_config
-        self._config = _checked_config(extra, role is KVConnectorRole.SCHEDULER)
+        self._config = _checked_config(extra)
         self._geometry = None
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -204,7 +204,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         """No. As vLLM asks this first, a bad configuration is refused here, before any loading."""
-        config = _checked_config(extra_config, log=True)
+        config = _checked_config(extra_config)
         require_free_memory(config.ram_pool_gb, config.ram_pool_bytes)
         return False
 
@@ -241,14 +241,13 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
             )
 
 
-def _checked_config(extra: dict[str, Any] | None, log: bool) -> KVortexConfig:
+def _checked_config(extra: dict[str, Any] | None) -> KVortexConfig:
     """Raises ConfigError for a bad setting or an unknown policy, after one line in the log."""
     try:
         config = KVortexConfig.from_extra_config(extra)
         load_policy(config.eviction_policy, capacity=1)
     except KVortexError as error:
-        if log:
-            logger.error("KVortex cannot start: %s", error)
+        logger.error("KVortex cannot start: %s", error)
         raise
     return config
 
