@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from kvortex import KVortexConfig
 from kvortex.core import ConfigError, Direction, TransferError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytest.importorskip("vllm")
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
 BLOCK = 32
@@ -117,8 +119,14 @@ def expected(tiny_model: str) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"max_num_batched_tokens": 256, "enable_chunked_prefill": True}, {"max_num_seqs": 1}],
-    ids=["eight-at-once", "chunked-prefill", "one-by-one"],
+    [
+        pytest.param({}, id="eight-at-once"),
+        pytest.param(
+            {"max_num_batched_tokens": 256, "enable_chunked_prefill": True}, id="chunked-prefill"
+        ),
+        pytest.param({"max_num_seqs": 1}, id="one-by-one"),
+        pytest.param({"enforce_eager": False}, id="cuda-graphs", marks=[pytest.mark.gpu, NO_CUDA]),
+    ],
 )
 def test_every_whole_block_comes_back_and_output_is_equal(
     tiny_model: str, expected: list[list[int]], settings: dict[str, Any]
@@ -274,7 +282,6 @@ def test_bad_configuration_stops_a_server_that_captures_no_graphs(tiny_model: st
 
 
 def test_unsupported_caches_are_named() -> None:
-    import torch
     from vllm.v1.kv_cache_interface import (
         FullAttentionSpec,
         KVCacheConfig,
