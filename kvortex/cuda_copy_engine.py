@@ -66,25 +66,17 @@ def _common_word(runs: torch.Tensor, slot_bytes: int) -> int:
 
 
 class CudaTicket(Ticket):
-    """An event behind the last launch of a copy, and the id pages that the copy still reads."""
+    """An event behind the last launch of a copy."""
 
-    def __init__(
-        self, engine: CudaCopyEngine, event: torch.cuda.Event, pages: list[torch.Tensor]
-    ) -> None:
+    def __init__(self, event: torch.cuda.Event) -> None:
         self.event = event
-        self._engine = engine
-        self._pages = pages
 
     @property
     def done(self) -> bool:
         try:
-            arrived = bool(self.event.query())
+            return bool(self.event.query())
         except RuntimeError as error:
             raise TransferError(f"the GPU reported: {error}") from error
-        if arrived:
-            self._engine.recycle(self._pages)
-            self._pages = []
-        return arrived
 
     def wait(self, timeout: float | None = None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -93,6 +85,43 @@ class CudaTicket(Ticket):
                 return False
             time.sleep(POLL_SECONDS)
         return True
+
+
+class _IdPages:
+    """Pinned memory in which kernels read their ids themselves, so that nothing is copied.
+
+    A page is written again only after the kernels that read it ended; torch's own allocator
+    does not know of them.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+        self._lent: list[tuple[list[torch.Tensor], torch.cuda.Event]] = []
+
+    def write(self, block_ids: BlockIds, slots: BlockIds) -> torch.Tensor:
+        """An int64 page (BLOCKS_PER_LAUNCH, 2) whose first rows are block ids and slots."""
+        if not self._free:
+            self._take_back()
+        if self._free:
+            page = self._free.pop()
+        else:
+            page = torch.empty((BLOCKS_PER_LAUNCH, 2), dtype=torch.int64, pin_memory=True)
+        numbers = page.numpy()
+        numbers[: len(block_ids), 0] = block_ids
+        numbers[: len(block_ids), 1] = slots
+        return page
+
+    def lend(self, pages: list[torch.Tensor], event: torch.cuda.Event) -> None:
+        """Leave written pages to the kernels ahead of an event."""
+        self._lent.append((pages, event))
+
+    def _take_back(self) -> None:
+        lent, self._lent = self._lent, []
+        for pages, event in lent:
+            if event.query():
+                self._free += pages
+            else:
+                self._lent.append((pages, event))
 
 
 class CudaCopyEngine(CopyEngine):
@@ -105,7 +134,7 @@ class CudaCopyEngine(CopyEngine):
         self._device = layout.device
         self._runs = runs.to(self._device)
         self._streams = _open_streams(self._device, num_streams)
-        self._free_pages: list[torch.Tensor] = []
+        self._id_pages = _IdPages()
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -129,39 +158,25 @@ class CudaCopyEngine(CopyEngine):
                 with torch.cuda.stream(stream):
                     for start in range(0, len(block_ids), BLOCKS_PER_LAUNCH):
                         part = slice(start, start + BLOCKS_PER_LAUNCH)
-                        pages.append(self._write_ids(block_ids[part], slots[part]))
+                        pages.append(self._id_pages.write(block_ids[part], slots[part]))
                         self._launch(direction, pages[-1], len(block_ids[part]))
                 event = torch.cuda.Event()
                 event.record(stream)
+                self._id_pages.lend(pages, event)
             except Exception as error:  # Triton raises errors of many unrelated classes
                 with contextlib.suppress(RuntimeError):  # what did start ends before its slots go
                     stream.synchronize()
                 raise TransferError(f"{direction.value} could not be launched: {error}") from error
-        return CudaTicket(self, event, pages)
+        return CudaTicket(event)
 
     def fence(self, ticket: Ticket) -> None:
         assert isinstance(ticket, CudaTicket)
         torch.cuda.current_stream(self._device).wait_event(ticket.event)
 
-    def recycle(self, pages: list[torch.Tensor]) -> None:
-        """Take back id pages that no kernel reads any more."""
-        self._free_pages += pages
-
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):  # a GPU that failed; its tickets say so
             torch.cuda.synchronize(self._device)
-        self._free_pages.clear()
-
-    def _write_ids(self, block_ids: BlockIds, slots: BlockIds) -> torch.Tensor:
-        """Put ids where the kernel reads them itself: pinned memory, so nothing is copied."""
-        if self._free_pages:
-            page = self._free_pages.pop()
-        else:
-            page = torch.empty((BLOCKS_PER_LAUNCH, 2), dtype=torch.int64, pin_memory=True)
-        numbers = page.numpy()
-        numbers[: len(block_ids), 0] = block_ids
-        numbers[: len(block_ids), 1] = slots
-        return page
+        self._id_pages = _IdPages()
 
     def _launch(self, direction: Direction, ids: torch.Tensor, num_blocks: int) -> None:
         paged_copy(

@@ -226,6 +226,20 @@ def test_fenced_reader_sees_the_load(
 
 
 @only_cuda
+def test_ids_last_as_long_as_the_kernel_that_reads_them(
+    device: torch.device, open_engine: Open
+) -> None:
+    """Nobody keeps the first ticket; its ids must not be overwritten by the second copy's."""
+    kv = torch.arange(8, dtype=torch.uint8, device=device).repeat_interleave(4096).view(8, 4096)
+    engine = open_engine({"a": kv}, num_slots=8)
+    torch.cuda._sleep(SLEEP_CYCLES)
+    engine.copy(STORE, ids(1, 2), ids(1, 2))
+    assert engine.copy(STORE, ids(5, 6), ids(5, 6)).wait()
+    torch.cuda.synchronize()
+    assert engine.pool.bytes[[1, 2, 5, 6], 0].tolist() == [1, 2, 5, 6]
+
+
+@only_cuda
 def test_a_store_behind_a_fenced_load_reads_what_was_loaded(
     device: torch.device, open_engine: Open
 ) -> None:
@@ -276,4 +290,4 @@ def test_id_pages_are_used_again(device: torch.device, open_engine: Open) -> Non
     for _ in range(50):
         assert engine.copy(STORE, ids(1), ids(1)).wait()
     assert engine.__class__.__name__ == "CudaCopyEngine"
-    assert len(vars(engine)["_free_pages"]) <= 2
+    assert len(vars(engine)["_id_pages"]._free) <= 2
