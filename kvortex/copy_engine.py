@@ -53,7 +53,7 @@ class CopyEngine(ABC):
             slots: int64 (n,).
 
         Raises:
-            TransferError: nothing was started.
+            TransferError: nothing is under way, though some bytes may have been written.
         """
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from dataclasses import dataclass
 from itertools import cycle
@@ -14,6 +15,7 @@ import torch
 from kvortex.copy_engine import CopyEngine, Ticket
 from kvortex.core import Direction, TransferError
 from kvortex.triton_kernels.paged_copy import paged_copy
+from kvortex.triton_kernels.reference import paged_copy_reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from kvortex.core import BlockIds
     from kvortex.host_pool import HostPool
     from kvortex.layout import Layout
+
+logger = logging.getLogger(__name__)
 
 BLOCKS_PER_LAUNCH = 4096
 LARGEST_CHUNK_WORDS = 4096
@@ -150,24 +154,13 @@ class CudaCopyEngine(CopyEngine):
             self.copy(direction, first, first).wait()
 
     def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> Ticket:
-        stream = next(self._streams[direction])
-        pages: list[torch.Tensor] = []
         with torch.cuda.device(self._device):
             try:
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    for start in range(0, len(block_ids), BLOCKS_PER_LAUNCH):
-                        part = slice(start, start + BLOCKS_PER_LAUNCH)
-                        pages.append(self._id_pages.write(block_ids[part], slots[part]))
-                        self._launch(direction, pages[-1], len(block_ids[part]))
-                event = torch.cuda.Event()
-                event.record(stream)
-                self._id_pages.lend(pages, event)
+                return CudaTicket(self._enqueue(direction, block_ids, slots))
             except Exception as error:  # Triton raises errors of many unrelated classes
-                with contextlib.suppress(RuntimeError):  # what did start ends before its slots go
-                    stream.synchronize()
-                raise TransferError(f"{direction.value} could not be launched: {error}") from error
-        return CudaTicket(event)
+                if direction is Direction.STORE:
+                    raise TransferError(f"store could not be launched: {error}") from error
+                return CudaTicket(self._load_plainly(block_ids, slots, error))
 
     def fence(self, ticket: Ticket) -> None:
         assert isinstance(ticket, CudaTicket)
@@ -177,6 +170,50 @@ class CudaCopyEngine(CopyEngine):
         with contextlib.suppress(RuntimeError):  # a GPU that failed; its tickets say so
             torch.cuda.synchronize(self._device)
         self._id_pages = _IdPages()
+
+    def _enqueue(
+        self, direction: Direction, block_ids: BlockIds, slots: BlockIds
+    ) -> torch.cuda.Event:
+        """Launch the kernel behind the current stream's work; returns the event behind it."""
+        stream = next(self._streams[direction])
+        stream.wait_stream(torch.cuda.current_stream())
+        pages: list[torch.Tensor] = []
+        try:
+            with torch.cuda.stream(stream):
+                for start in range(0, len(block_ids), BLOCKS_PER_LAUNCH):
+                    part = slice(start, start + BLOCKS_PER_LAUNCH)
+                    pages.append(self._id_pages.write(block_ids[part], slots[part]))
+                    self._launch(direction, pages[-1], len(block_ids[part]))
+            event = torch.cuda.Event()
+            event.record(stream)
+        except Exception:
+            with contextlib.suppress(RuntimeError):  # what did start ends before its slots go
+                stream.synchronize()
+            raise
+        self._id_pages.lend(pages, event)
+        return event
+
+    def _load_plainly(
+        self, block_ids: BlockIds, slots: BlockIds, reason: Exception
+    ) -> torch.cuda.Event:
+        """Load without the kernel, while the host waits: vLLM was promised these bytes.
+
+        A vLLM that schedules asynchronously has the next step under way when it hears of a failed
+        load, and keeps the token of that step.
+
+        Raises:
+            TransferError: torch cannot do it either.
+        """
+        logger.warning("A load could not be launched (%s); copying it slowly.", reason)
+        pages = [(page.view, page.slot_offset) for page in self.layout.pages]
+        ids, places = torch.from_numpy(block_ids), torch.from_numpy(slots)
+        event = torch.cuda.Event()
+        try:
+            paged_copy_reference(pages, ids, places, self.pool.bytes, store=False)
+            event.record()
+        except RuntimeError as error:
+            raise TransferError(f"load of {len(ids)} blocks failed: {error}") from error
+        return event
 
     def _launch(self, direction: Direction, ids: torch.Tensor, num_blocks: int) -> None:
         paged_copy(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SETTINGS = {
     "OMP_NUM_THREADS": "1",  # spinning threads of two processes on few cores starve each other
+    "TRITON_F32_DEFAULT": "ieee",  # so that float32 models attend in float32 on a GPU too
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }

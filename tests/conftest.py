@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 os.environ |= {  # for vLLM, before anything imports it
     "OMP_NUM_THREADS": "1",
+    "TRITON_F32_DEFAULT": "ieee",  # vLLM's attention rounds float32 to 19 bits otherwise
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -106,10 +106,6 @@ def whole_blocks(lengths: list[int]) -> list[int]:
     return [(n - 1) // BLOCK * BLOCK for n in lengths]
 
 
-def metric(llm: Any, name: str) -> float:
-    return float(sum(m.value for m in llm.get_metrics() if m.name == name))
-
-
 @pytest.fixture(scope="module")
 def expected(tiny_model: str) -> list[list[int]]:
     """The outputs of a vLLM without KVortex, one prompt at a time."""
@@ -139,7 +135,7 @@ def test_every_whole_block_comes_back_and_output_is_equal(
         assert cold == expected
         assert restored == expected
         assert cached == whole_blocks(LENGTHS)
-        assert metric(llm, "vllm:external_prefix_cache_hits") == sum(whole_blocks(LENGTHS))
+        assert counters(llm)["loaded_blocks"] * BLOCK == sum(whole_blocks(LENGTHS))
         assert connector(llm)._scheduler.offload.pending is False
         connector(llm)._scheduler.offload.tier.index.check()
 
@@ -164,19 +160,28 @@ def test_generated_blocks_come_back(tiny_model: str) -> None:
         assert cached == 199 // BLOCK * BLOCK  # the last token of an answer is never computed
 
 
-def test_equal_under_preemption(tiny_model: str) -> None:
+def test_equal_under_preemption(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [300 + 11 * i for i in range(16)]
     asked = prompts(lengths, seed=2)
     with running(tiny_model, None) as llm:
         alone = [answers(llm, [prompt], tokens=200)[0][0] for prompt in asked]
     tight = {"num_gpu_blocks_override": 64, "max_model_len": 1024, "max_num_seqs": 16}
+    preemptions: list[Any] = []
     with running(tiny_model, 0.5, **tight) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        preempt = scheduler._preempt_request
+
+        def counted(*request: Any, **how: Any) -> None:
+            preemptions.append(request)
+            preempt(*request, **how)
+
+        monkeypatch.setattr(scheduler, "_preempt_request", counted)
         for _ in range(2):
             assert answers(llm, asked, tokens=200)[0] == alone
             assert llm.reset_prefix_cache()
-        assert metric(llm, "vllm:num_preemptions") > 0
-        assert metric(llm, "vllm:external_prefix_cache_hits") > 0
-        pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        assert preemptions
+        assert counters(llm)["loaded_blocks"] > 0
+        pool = scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == 63  # no reference is left; one is the null block
 
 
@@ -194,7 +199,8 @@ def test_equal_when_the_host_pool_is_too_small(tiny_model: str, expected: list[l
 def test_a_failing_copy_costs_time_only(
     tiny_model: str, expected: list[list[int]], broken: Direction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running(tiny_model, 0.5) as llm:
+    # With asynchronous scheduling vLLM keeps a token of the step after a failed load.
+    with running(tiny_model, 0.5, async_scheduling=False) as llm:
         asked = prompts(LENGTHS)
         engine = worker_of_this_process()._copy_engine
         whole, calls = engine.copy, 0
@@ -212,6 +218,25 @@ def test_a_failing_copy_costs_time_only(
             assert llm.reset_prefix_cache()
         assert counters(llm)[f"failed_{broken.value}s"] > 0
         connector(llm)._scheduler.offload.tier.index.check()
+
+
+@pytest.mark.gpu
+@NO_CUDA
+def test_a_load_that_cannot_be_launched_is_copied_slowly(
+    tiny_model: str, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tiny_model, 0.5) as llm:
+        asked = prompts(LENGTHS)
+        answers(llm, asked)
+        assert llm.reset_prefix_cache()
+
+        def broken(*_: Any, **__: Any) -> None:
+            raise RuntimeError("made to fail")
+
+        monkeypatch.setattr("kvortex.cuda_copy_engine.paged_copy", broken)
+        assert answers(llm, asked) == (expected, whole_blocks(LENGTHS))
+        assert counters(llm)["failed_loads"] == 0
+        assert counters(llm)["loaded_blocks"] * BLOCK == sum(whole_blocks(LENGTHS))
 
 
 def test_reset_connector_forgets_everything(tiny_model: str, expected: list[list[int]]) -> None:

@@ -280,6 +280,8 @@ def test_a_launch_that_fails_is_a_transfer_error(
         patch.setattr("kvortex.cuda_copy_engine.paged_copy", broken)
         with pytest.raises(TransferError, match="store could not be launched: no room"):
             engine.copy(STORE, ids(1), ids(1))
+        assert engine.copy(LOAD, ids(5000, 2), ids(3, 4)).wait()
+    assert torch.equal(engine.pool.bytes[[3, 4], :24], kv[[5000, 2]].cpu().view(torch.uint8))
     assert engine.copy(STORE, ids(1), ids(1)).wait()
     assert torch.equal(engine.pool.bytes[1, :24], kv[1].cpu().view(torch.uint8))
 

@@ -21,7 +21,8 @@ def paged_copy_reference(
     """Copy blocks between KV memory and host slots.
 
     Args:
-        pages: per layer a uint8 view (num_blocks, *runs, run_bytes) and its offset in a slot.
+        pages: per layer, on any one device, a uint8 view (num_blocks, *runs, run_bytes) and its
+            offset in a slot.
         block_ids: int64 (n,).
         slots: int64 (n,), the slot of each block.
         host: uint8 (num_slots, slot_bytes).
@@ -29,9 +30,10 @@ def paged_copy_reference(
     """
     with torch.inference_mode():  # vLLM's KV tensors on the CPU are inference tensors
         for view, offset in pages:
-            shape = (len(block_ids), *view.shape[1:])
+            ids = block_ids.to(view.device)
             nbytes = view[0].numel()
+            part = slice(offset, offset + nbytes)
             if store:
-                host[slots, offset : offset + nbytes] = view[block_ids].reshape(-1, nbytes)
+                host[slots, part] = view[ids].reshape(len(ids), nbytes).to(host.device)
             else:
-                view[block_ids] = host[slots, offset : offset + nbytes].reshape(shape)
+                view[ids] = host[slots, part].to(view.device).reshape(len(ids), *view.shape[1:])
