@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,12 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.command(arguments)
+        sys.stdout.flush()
     except ConfigError as error:
         return _complain(error, EXIT_USAGE)
     except KVortexError as error:
         return _complain(error, EXIT_FAILED)
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
     return code
 
 
@@ -90,12 +97,18 @@ def _demo(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"{error.name} is not installed: pip install 'kvortex[demo,vllm]'"
         ) from None
+    signal.signal(signal.SIGTERM, _interrupt)
     result = run_demo(config)
     print(json.dumps(result.as_dict()) if arguments.json else result.table())
     if not result.ok:
         what = "nothing was restored" if result.outputs_equal else "an output differs"
         print(f"kvortex: the demonstration failed: {what}", file=sys.stderr)
     return 0 if result.ok else EXIT_FAILED
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    """Leave by the way of ctrl-c, on which servers that were started are ended."""
+    raise KeyboardInterrupt
 
 
 def _complain(error: KVortexError, code: int) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from kvortex.core import ConfigError
 
 GIB = 1 << 30
 CONNECTOR_NAME = "KVortexConnector"
 CONNECTOR_MODULE = "kvortex.connector"
+LIMITS = {"gt": "more than", "ge": "at least", "le": "at most"}
 
 
 class KVortexConfig(BaseModel):
@@ -26,7 +28,8 @@ class KVortexConfig(BaseModel):
         default=8.0,
         gt=0,
         le=65536,
-        description="Host RAM for KV blocks, in GiB, shared by all ranks of one server.",
+        description="Host RAM for KV blocks, in GiB, shared by the ranks of one engine; with data "
+        "parallelism every replica takes as much.",
     )
     num_cuda_streams: int = Field(
         default=4, ge=1, le=32, description="CUDA streams that carry transfers, per GPU."
@@ -37,7 +40,7 @@ class KVortexConfig(BaseModel):
         description="Who chooses the block to forget: lru, lfu, lru_freq, or an installed one.",
     )
 
-    def __init__(self, **settings: Any) -> None:  # noqa: ANN401  (pydantic's own signature)
+    def __init__(self, /, **settings: Any) -> None:  # noqa: ANN401  (pydantic's own signature)
         try:
             super().__init__(**settings)
         except ValidationError as error:
@@ -46,7 +49,14 @@ class KVortexConfig(BaseModel):
     @classmethod
     def from_extra_config(cls, extra: dict[str, Any] | None) -> Self:
         """Read vLLM's `kv_connector_extra_config`."""
-        return cls(**(extra or {}))
+        return cls(**{str(key): value for key, value in (extra or {}).items()})
+
+    @field_validator("ram_pool_gb", "num_cuda_streams", mode="before")
+    @classmethod
+    def _is_no_truth_value(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise PydanticCustomError("number_type", "Input should be a number")
+        return value
 
     @property
     def ram_pool_bytes(self) -> int:
@@ -73,10 +83,18 @@ def _one_line(error: ValidationError) -> str:
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown setting {key}={problem['input']!r}: {_known_settings()}"
+        shown = key if key.isidentifier() else repr(key)
+        return f"unknown setting {shown}={problem['input']!r}: {_known_settings()}"
     described = KVortexConfig.model_fields[key]
     reason = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{key}={problem['input']!r}: {reason} (default {described.default!r})"
+    limits = ", ".join(
+        f"{words} {getattr(limit, name)}"
+        for limit in described.metadata
+        for name, words in LIMITS.items()
+        if hasattr(limit, name)
+    )
+    allowed = f"{limits}; default" if limits else "default"
+    return f"{key}={problem['input']!r}: {reason} ({allowed} {described.default!r})"
 
 
 def _known_settings() -> str:

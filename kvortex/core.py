@@ -89,15 +89,22 @@ class StepReport:
     """What workers finished since their last report.
 
     `finished` counts, per job, the ranks that are done with it; `failed` names the jobs that
-    failed on at least one of them.
+    failed on at least one of them. `num_slots` is the smallest number of slots in their pools;
+    a worker tells it once, in its first report.
     """
 
     finished: dict[int, int] = field(default_factory=dict)
     failed: frozenset[int] = frozenset()
+    num_slots: int | None = None
 
     def merge(self, other: StepReport) -> StepReport:
         """The report of both ranks together."""
         finished = dict(self.finished)
         for job_id, ranks in other.finished.items():
             finished[job_id] = finished.get(job_id, 0) + ranks
-        return StepReport(finished, self.failed | other.failed)
+        told = [n for n in (self.num_slots, other.num_slots) if n is not None]
+        return StepReport(finished, self.failed | other.failed, min(told, default=None))
+
+    def __bool__(self) -> bool:
+        """Whether it tells anything."""
+        return bool(self.finished) or self.num_slots is not None

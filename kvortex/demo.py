@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvortex.host_pool import require_free_memory
 from kvortex.server import Answer, Server
 from kvortex.tiny_model import make_tiny_model
 
@@ -85,8 +86,10 @@ def run_demo(config: KVortexConfig, say: Callable[[str], None] | None = None) ->
         say: called with each line of progress; by default they go to standard error.
 
     Raises:
+        ConfigError: the machine has not as much free memory.
         ServerError: a vLLM did not start, or died.
     """
+    require_free_memory(config.ram_pool_gb, config.ram_pool_bytes)
     say = say or _print_progress
     with tempfile.TemporaryDirectory(prefix="kvortex-demo-") as temporary:
         folder = Path(temporary)

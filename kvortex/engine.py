@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from kvortex.config import GIB
 from kvortex.core import (
     MAX_KEY_BYTES,
     BlockNotFoundError,
@@ -15,12 +16,12 @@ from kvortex.core import (
     InvalidBlockError,
     TransferError,
 )
-from kvortex.host_pool import GIB, HostPool, require_free_memory
+from kvortex.host_pool import HostPool, require_free_memory
 from kvortex.layout import make_layout
 from kvortex.plugins import load_policy
 from kvortex.scheduler import OffloadScheduler
 from kvortex.tiers import HostTier
-from kvortex.worker import Worker, open_copy_engine
+from kvortex.worker import open_worker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -103,12 +104,7 @@ class KVortexEngine:
         require_free_memory(config.ram_pool_gb, num_slots * self._layout.slot_bytes)
         pinned = self._layout.device.type == "cuda"
         self._pool = HostPool(num_slots, self._layout.slot_bytes, pinned)
-        try:
-            engine = open_copy_engine(self._layout, self._pool, config.num_cuda_streams)
-        except TransferError:
-            self._pool.close()
-            raise
-        self._worker = Worker(engine)
+        self._worker = open_worker(self._layout, self._pool, config.num_cuda_streams)
         self._scheduler = OffloadScheduler(HostTier(num_slots, policy))
         self._unsettled: set[int] = set()
         self._failed_jobs: set[int] = set()
@@ -123,6 +119,7 @@ class KVortexEngine:
         Raises:
             InvalidBlockError: a bad or repeated key, an id out of range, unequal lengths.
         """
+        keys = list(keys)
         ids = self._checked(keys, block_ids)
         if len(set(keys)) != len(keys):
             raise InvalidBlockError("a key appears twice in one save: which bytes would it name?")
@@ -136,6 +133,7 @@ class KVortexEngine:
             BlockNotFoundError: a key is not readable; nothing was copied.
             InvalidBlockError: a bad key, an id out of range or twice, unequal lengths.
         """
+        keys = list(keys)
         ids = self._checked(keys, block_ids)
         if len(np.unique(ids)) != len(ids):
             raise InvalidBlockError("a block id appears twice in one load: which key wins?")
@@ -222,7 +220,10 @@ class KVortexEngine:
 
     def _checked(self, keys: Sequence[BlockKey], block_ids: Sequence[int]) -> BlockIds:
         self._poll()
-        ids = np.asarray(block_ids)
+        try:
+            ids = np.asarray(block_ids)
+        except ValueError as error:  # ragged
+            raise InvalidBlockError(f"block ids must be a flat list of integers: {error}") from None
         if ids.ndim != 1 or len(keys) != len(ids):
             raise InvalidBlockError(f"{len(keys)} keys for block ids of shape {ids.shape}")
         if len(ids) and ids.dtype.kind not in "iu":

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from kvortex.config import GIB
 from kvortex.core import ConfigError, PoolAllocationError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-GIB = 1 << 30
 TOUCH_THREADS = 16
 TOUCH_BYTES = 256 << 20
 CUDA_HOST_REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
@@ -93,18 +93,22 @@ def free_memory_bytes() -> int:
     return min(available, limit - used + reclaimable)
 
 
-def require_free_memory(ram_pool_gb: float, size: int) -> None:
-    """Refuse a pool that the machine cannot hold.
+def require_free_memory(ram_pool_gb: float, size: int, free: int | None = None) -> None:
+    """Refuse a pool of `size` bytes that the machine, with `free` bytes, cannot hold.
 
     Raises:
         ConfigError: with the free memory in the message.
     """
-    free = free_memory_bytes()
+    free = free_memory_bytes() if free is None else free
     if size > free:
         raise ConfigError(
-            f"ram_pool_gb={ram_pool_gb:g}: this machine has {free / GIB:.1f} GiB of free RAM; "
-            f"use at most ram_pool_gb={max(free / GIB * 0.9, 0):.1f}"
+            f"ram_pool_gb={ram_pool_gb:g}: this machine has {_gib(free)} GiB of free RAM; "
+            f"use at most ram_pool_gb={_gib(free * 0.9)}"
         )
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
 
 
 def _touch(address: int, size: int) -> None:

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, KeysView
 
     from kvortex.core import BlockKey
 
@@ -32,7 +32,7 @@ class Block:
 
 
 class Index:
-    """Slots `0 .. num_slots - 1` and the blocks that hold them.
+    """Slots and the blocks that hold them; there are `num_slots`, numbered from 0.
 
     A key is readable exactly while its block is RESIDENT. Reserved blocks are not in the map, so
     a key may be stored anew while its older bytes are still being read.
@@ -40,6 +40,7 @@ class Index:
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
+        self._limit = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._resident: dict[BlockKey, Block] = {}
         self._held = 0
@@ -64,8 +65,20 @@ class Index:
         """The readable block of a key."""
         return self._resident.get(key)
 
+    @property
+    def keys(self) -> KeysView[BlockKey]:
+        """The readable keys, as they are at any time."""
+        return self._resident.keys()
+
     def __iter__(self) -> Iterator[Block]:
         return iter(self._resident.values())
+
+    def limit(self, num_slots: int) -> None:
+        """Give out no slot from `num_slots` on any more; those in use leave with their holder."""
+        self._limit = min(self._limit, num_slots)
+        self.num_slots -= len(self._free)
+        self._free = [slot for slot in self._free if slot < self._limit]
+        self.num_slots += len(self._free)
 
     def reserve(self, key: BlockKey) -> Block:
         """Give a free slot to a block that shall hold `key`."""
@@ -103,9 +116,13 @@ class Index:
             self._free_if_unread(block)
 
     def _free_if_unread(self, block: Block) -> None:
-        if block.pins == 0:
-            self._held -= 1
+        if block.pins:
+            return
+        self._held -= 1
+        if block.slot < self._limit:
             self._free.append(block.slot)
+        else:
+            self.num_slots -= 1
 
     def check(self) -> None:
         """Assert the law of conservation and that no slot has two holders."""

@@ -51,7 +51,6 @@ class Layout:
     pages: tuple[Page, ...]
     num_blocks: int
     slot_bytes: int
-    block_bytes: int
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +70,7 @@ def make_layout(
     Args:
         kv_caches: layer name to tensor (or several), any shape and strides, dimension 0 the block.
             Where dimension 0 is k times `num_blocks`, each block is k adjacent kernel blocks.
-        num_blocks: blocks of the group; by default dimension 0 of the first tensor.
+        num_blocks: blocks of the group; by default dimension 0, which is then equal in all tensors.
 
     Raises:
         LayoutError: no tensors, several devices, or a geometry that cannot be copied by blocks.
@@ -79,7 +78,7 @@ def make_layout(
     named = list(_tensors(kv_caches))
     if not named:
         raise LayoutError("no KV tensors to work on: kv_caches is empty")
-    blocks = num_blocks if num_blocks is not None else named[0][1].shape[0]
+    blocks = num_blocks if num_blocks is not None else _common_blocks(named)
     pages: list[Page] = []
     seen: set[tuple[object, ...]] = set()
     end = 0
@@ -92,7 +91,7 @@ def make_layout(
         pages.append(Page(name, view, end))
         end += -(-pages[-1].nbytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
     _require_one_device(pages)
-    return Layout(tuple(pages), blocks, end, sum(page.nbytes for page in pages))
+    return Layout(tuple(pages), blocks, end)
 
 
 def _tensors(
@@ -105,9 +104,17 @@ def _tensors(
             yield from ((f"{name}[{i}]", tensor) for i, tensor in enumerate(value))
 
 
+def _common_blocks(named: list[tuple[str, torch.Tensor]]) -> int:
+    sizes = {tuple(tensor.shape[:1]): name for name, tensor in named}
+    if len(sizes) > 1 or () in sizes:
+        shown = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named)
+        raise LayoutError(f"dimension 0, the block, must be equal in all tensors: {shown}")
+    return named[0][1].shape[0]
+
+
 def _byte_view(name: str, tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
     """The tensor's memory as uint8 (num_blocks, *runs, run_bytes), outermost run first."""
-    if tensor.layout is not torch.strided or tensor.is_quantized:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         raise LayoutError(f"{name}: shape {tuple(tensor.shape)}, {tensor.layout}: not plain memory")
     shown = f"{name}: shape {tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype}"
     if num_blocks < 1 or tensor.dim() < 1 or tensor.numel() == 0 or tensor.shape[0] % num_blocks:

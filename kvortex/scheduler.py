@@ -100,6 +100,8 @@ class OffloadScheduler:
         A failed load means that the model may have computed from wrong bytes: every store then
         under way is discarded when it arrives.
         """
+        if report.num_slots is not None:
+            self.tier.index.limit(report.num_slots)
         for job_id in report.failed & self._flights.keys():
             self._flights[job_id].failed = True
         if any(self._is_failed_load(job_id) for job_id in report.failed):

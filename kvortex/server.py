@@ -151,13 +151,19 @@ class Server:
         """The last lines of the server's log."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
 
+    def _own_error(self) -> str | None:
+        """The line in which KVortex refused to start, if it did."""
+        found = re.search(r"KVortex cannot start: .*", self._log.read_text(errors="replace"))
+        return found and found[0]
+
     def _wait_until_ready(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + self._start_timeout_s
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 code = self._process.returncode
-                raise ServerError(f"vLLM ended with code {code} at start:\n{self.log_tail()}")
+                why = self._own_error() or f"vLLM ended with code {code} at start"
+                raise ServerError(f"{why}\n{self.log_tail()}")
             try:
                 if self._client.get("/health", timeout=5).status_code == httpx.codes.OK:
                     return

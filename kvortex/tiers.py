@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvortex.guarded_policy import GuardedPolicy
 from kvortex.index import Block, Index, State
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class HostTier:
     def __init__(self, num_slots: int, policy: EvictionPolicy) -> None:
         self.index = Index(num_slots)
         self.evictions = 0
-        self._policy = policy
+        self._policy = GuardedPolicy(policy, self.index.keys)
         self._arriving: dict[BlockKey, _Arrivals] = {}
 
     def lookup(self, key: BlockKey) -> Block | None:
@@ -108,8 +109,7 @@ class HostTier:
         if victim is None:
             return False
         block = self.index.get(victim)
-        if block is None or block.pins:
-            return False
+        assert block is not None
         self.index.forget(block)
         self.evictions += 1
         return True

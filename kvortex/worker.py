@@ -44,6 +44,7 @@ class Worker:
         self._failed: set[int] = set()
         self._bad_blocks: set[int] = set()
         self._logged = False
+        self._slots_to_tell: int | None = copy_engine.pool.num_slots
 
     def begin(self, plan: StepPlan) -> None:
         """Start the loads; what the current stream does next waits for them."""
@@ -66,8 +67,8 @@ class Worker:
     def report(self) -> StepReport:
         """What ended since the last report."""
         self._launches = [launch for launch in self._launches if not self._ended(launch)]
-        report = StepReport(self._finished, frozenset(self._failed))
-        self._finished, self._failed = {}, set()
+        report = StepReport(self._finished, frozenset(self._failed), self._slots_to_tell)
+        self._finished, self._failed, self._slots_to_tell = {}, set(), None
         return report
 
     def take_bad_blocks(self) -> set[int]:
@@ -100,11 +101,9 @@ class Worker:
         return launch
 
     def _check_slots(self, jobs: Sequence[Job]) -> None:
-        """A rank whose pool has fewer slots than the scheduler counted must not write past it."""
-        last, num_slots = (
-            max(int(job.slots.max()) for job in jobs),
-            self._copy_engine.pool.num_slots,
-        )
+        """Until the scheduler heard of this pool's size it may plan for slots past its end."""
+        num_slots = self._copy_engine.pool.num_slots
+        last = max(int(job.slots.max()) for job in jobs)
         if last >= num_slots:
             raise TransferError(f"slot {last} does not exist on this rank ({num_slots} slots)")
 
@@ -131,12 +130,21 @@ class Worker:
             logger.error("%s. The engine goes on; later failures are only counted.", error)
 
 
-def open_copy_engine(layout: Layout, pool: HostPool, num_streams: int) -> CopyEngine:
-    """The engine for the device that the KV tensors are on.
+def open_worker(layout: Layout, pool: HostPool, num_streams: int) -> Worker:
+    """A worker that copies on the device of the KV tensors; the pool is closed if it cannot.
 
     Raises:
         TransferError: this GPU cannot run the kernel.
     """
+    try:
+        return Worker(open_copy_engine(layout, pool, num_streams))
+    except BaseException:
+        pool.close()
+        raise
+
+
+def open_copy_engine(layout: Layout, pool: HostPool, num_streams: int) -> CopyEngine:
+    """The engine for the device of the KV tensors."""
     if layout.device.type != "cuda":
         return CpuCopyEngine(layout, pool)
     from kvortex.cuda_copy_engine import CudaCopyEngine  # needs triton, which a CPU may lack

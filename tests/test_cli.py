@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -48,6 +51,12 @@ def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixtu
         main(arguments)
     assert caught.value.code == 2
     assert "usage: kvortex" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{shlex.quote(sys.executable)} -m kvortex config | head -c 0"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("ram_pool_gb", float("inf"), "finite number"),
     ("ram_pool_gb", "many", "valid number"),
     ("ram_pool_gb", None, "valid number"),
+    ("ram_pool_gb", True, "should be a number (more than 0, at most 65536; default 8.0)"),
+    ("num_cuda_streams", True, "should be a number (at least 1, at most 32; default 4)"),
     ("num_cuda_streams", 0, "greater than or equal to 1"),
     ("num_cuda_streams", 33, "less than or equal to 32"),
     ("num_cuda_streams", 1.5, "valid integer"),
@@ -36,7 +38,7 @@ def test_refusal_in_one_line(key: str, value: object, what_would_do: str) -> Non
     message = str(caught.value)
     assert message.startswith(f"{key}={value!r}: ")
     assert what_would_do in message
-    assert f"(default {KVortexConfig.model_fields[key].default!r})" in message
+    assert message.endswith(f"default {KVortexConfig.model_fields[key].default!r})")
     assert "\n" not in message
     assert isinstance(caught.value, ValueError)
 
@@ -106,6 +108,15 @@ def test_no_extra_config_means_defaults(extra: dict[str, Any] | None) -> None:
 def test_extra_config_is_checked() -> None:
     with pytest.raises(ConfigError, match="unknown setting ram=3"):
         KVortexConfig.from_extra_config({"ram": 3})
+
+
+@pytest.mark.parametrize("key", ["self", 3, "two\nlines"])
+def test_any_unknown_key_is_refused_in_one_line(key: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        KVortexConfig.from_extra_config({key: 1})  # type: ignore[dict-item]
+    message = str(caught.value)
+    assert message.startswith("unknown setting ")
+    assert "\n" not in message
 
 
 def test_public_names_exist() -> None:

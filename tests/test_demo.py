@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +52,37 @@ def test_exit_code_says_whether_it_worked(
     else:
         assert "10.0x" in shown.out
         assert ("NO" in shown.out) is (not result.outputs_equal)
+
+
+def test_a_pool_larger_than_the_machine_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["demo", "--ram-pool-gb", "60000"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "ram_pool_gb=60000: this machine has" in line
+
+
+@pytest.mark.vllm
+def test_a_terminated_demo_ends_its_server(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    command = [sys.executable, "-m", "kvortex", "demo"]
+    demo = subprocess.Popen(
+        command, env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True
+    )
+    assert demo.stderr is not None
+    while "starting" not in (line := demo.stderr.readline()):
+        assert line
+    while not (servers := children(demo.pid)):
+        assert demo.poll() is None
+    demo.terminate()
+    demo.communicate(timeout=60)
+    assert demo.returncode == 130
+    assert not any(Path(f"/proc/{pid}").exists() for pid in servers)
+    assert list(tmp_path.iterdir()) == []
+
+
+def children(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 @pytest.mark.vllm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -24,9 +25,12 @@ from kvortex import (
     PoolAllocationError,
     TransferError,
 )
+from kvortex.config import GIB
 from kvortex.core import MAX_KEY_BYTES
-from kvortex.host_pool import GIB, HostPool
 from kvortex.layout import make_layout
+
+if TYPE_CHECKING:
+    from kvortex.host_pool import HostPool
 
 A, B, C, D = b"a", b"b", b"c", b"d"
 Open = Callable[..., KVortexEngine]
@@ -63,7 +67,7 @@ class Commanded:
     def __init__(self, num_slots: int, patch: pytest.MonkeyPatch) -> None:
         self.kv = kv_tensors(torch.device("cpu"))
         patch.setattr(
-            kvortex.engine, "open_copy_engine", lambda *args: CommandedCopyEngine(*args[:2])
+            kvortex.worker, "open_copy_engine", lambda *args: CommandedCopyEngine(*args[:2])
         )
         self.engine = KVortexEngine(config(num_slots, make_layout(self.kv).slot_bytes), self.kv)
         copies = self.engine._worker._copy_engine
@@ -486,7 +490,7 @@ def test_a_gpu_that_cannot_copy_leaves_no_pool(monkeypatch: pytest.MonkeyPatch) 
         pools.append(pool)
         raise TransferError("no kernel for this GPU")
 
-    monkeypatch.setattr(kvortex.engine, "open_copy_engine", broken)
+    monkeypatch.setattr(kvortex.worker, "open_copy_engine", broken)
     with pytest.raises(TransferError, match="no kernel for this GPU"):
         KVortexEngine(config(2, 64), {"a": torch.zeros(4, 16)})
     assert pools[0].bytes.numel() == 0

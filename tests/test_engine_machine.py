@@ -21,8 +21,8 @@ from hypothesis.stateful import (
 
 import kvortex.engine
 from kvortex import BlockNotFoundError, KVortexConfig, KVortexEngine, TransferError
+from kvortex.config import GIB
 from kvortex.core import Direction
-from kvortex.host_pool import GIB
 from kvortex.plugins import policy_names
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                kvortex.engine, "open_copy_engine", lambda *args: CommandedCopyEngine(*args[:2])
+                kvortex.worker, "open_copy_engine", lambda *args: CommandedCopyEngine(*args[:2])
             )
             self.engine = KVortexEngine(config, {str(i): kv for i, kv in enumerate(self.kv)})
         copies = self.engine._worker._copy_engine

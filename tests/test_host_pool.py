@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvortex.config import GIB
 from kvortex.core import ConfigError, PoolAllocationError
-from kvortex.host_pool import GIB, HostPool, free_memory_bytes, require_free_memory
+from kvortex.host_pool import HostPool, free_memory_bytes, require_free_memory
 
 
 @pytest.fixture

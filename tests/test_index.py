@@ -99,6 +99,20 @@ def test_key_is_stored_anew_while_its_older_bytes_are_read() -> None:
     assert counts(index) == (1, 0, 1)
 
 
+def test_slots_past_a_limit_leave_with_their_holder() -> None:
+    index = Index(4)
+    blocks = [index.reserve(bytes([i])) for i in range(3)]
+    index.limit(1)
+    index.check()
+    assert (index.num_slots, *counts(index)) == (3, 0, 3, 0)
+    for block in blocks:
+        index.forget(block)
+        index.check()
+    assert (index.num_slots, *counts(index)) == (1, 1, 0, 0)
+    index.limit(9)
+    assert index.num_slots == 1
+
+
 @pytest.mark.parametrize(
     "act", ["publish twice", "second of a key", "pin reserved", "unpin unpinned"]
 )

@@ -61,7 +61,7 @@ def check_slots(layout: Layout) -> None:
     assert end <= layout.slot_bytes
     assert all(page.slot_offset % PAGE_ALIGNMENT == 0 for page in layout.pages)
     assert layout.slot_bytes % PAGE_ALIGNMENT == 0
-    assert layout.block_bytes == sum(size for _, size in taken)
+    assert sum(size for _, size in taken) == sum(page.nbytes for page in layout.pages)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: geometry.name)
@@ -69,6 +69,20 @@ def test_names_every_byte_once(geometry: Geometry, device: torch.device) -> None
     tensors = geometry.make(device)
     num_blocks = geometry.num_blocks or next(iter(tensors.values())).shape[0]
     check_layout(make_layout(tensors, geometry.num_blocks), tensors, num_blocks)
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_tensors_of_unequal_dimension_0_are_refused_in_any_order(names: str) -> None:
+    tensors = {name: torch.zeros(6 if name == "a" else 3, 8) for name in names}
+    with pytest.raises(LayoutError, match=r"dimension 0, the block, must be equal.*a \(6, 8\)"):
+        make_layout(tensors)
+    assert make_layout(tensors, 3).num_blocks == 3
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor(3.0), torch.zeros(4, 4, device="meta")])
+def test_tensors_without_blocks_or_memory_are_refused(tensor: torch.Tensor) -> None:
+    with pytest.raises(LayoutError):
+        make_layout({"a": tensor})
 
 
 @pytest.mark.parametrize("order", ORDERS_033)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -59,6 +60,25 @@ def test_wheel_works_and_leaves_other_triton_kernels_alone(wheel: Path, tmp_path
 
 def test_editable_installation_leaves_other_triton_kernels_alone(tmp_path: Path) -> None:
     assert python("-c", LOOK, cwd=tmp_path) == "None None"
+
+
+def test_editable_installation_is_found_from_the_folder_above_the_checkout(tmp_path: Path) -> None:
+    (tmp_path / "kvortex").symlink_to(ROOT)  # which looks like a namespace package from there
+    where = "import kvortex; print(kvortex.__version__)"
+    assert python("-c", where, cwd=tmp_path) == kvortex.__version__
+
+
+def test_source_distribution_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path)]
+    subprocess.run([*build, "-t", "sdist"], cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    subprocess.run([*build, "-t", "wheel"], cwd=unpacked, check=True, capture_output=True)
+    (built,) = tmp_path.glob("*.whl")
+    assert zipfile.ZipFile(built).namelist() == zipfile.ZipFile(wheel).namelist()
+    assert "kvortex/py.typed" in zipfile.ZipFile(wheel).namelist()
 
 
 def test_vllm_finds_its_own_triton_kernels(tmp_path: Path) -> None:

@@ -259,3 +259,12 @@ def test_failures_are_logged_once_each(caplog: pytest.LogCaptureFixture) -> None
         load, store = keeper.load([A], [0]), keeper.store([B], [1])
         keeper.settle(report(load, store, failed=[load, store]))
     assert len(caplog.records) == 2
+
+
+def test_the_smallest_pool_of_all_ranks_is_the_limit() -> None:
+    keeper = scheduler(4, num_ranks=2)
+    keeper.settle(StepReport(num_slots=4).merge(StepReport(num_slots=2)).merge(StepReport()))
+    job = planned_store(keeper, [A, B, b"c"], [1, 2, 3])
+    assert sorted(job.slots.tolist()) == [0, 1]
+    assert keeper.counters.refused_stores == 1
+    assert keeper.tier.index.num_slots == 2

@@ -75,6 +75,8 @@ def test_bad_configuration_ends_the_server_at_once(
     tiny_model: str, tmp_path: Path, extra: dict[str, Any], line: str
 ) -> None:
     transfer = KVortexConfig().kv_transfer_config() | {"kv_connector_extra_config": extra}
-    with pytest.raises(ServerError), serve(tiny_model, tmp_path, transfer):
+    with pytest.raises(ServerError) as caught, serve(tiny_model, tmp_path, transfer):
         pass
-    assert line in (tmp_path / "server.log").read_text()
+    first = str(caught.value).splitlines()[0]
+    assert first.startswith("KVortex cannot start: ")
+    assert line in first

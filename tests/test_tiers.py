@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvortex.policies import LRU, EvictionPolicy
+from kvortex.policies import LRU
 from kvortex.tiers import HostTier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from kvortex.index import Block, Index
 
@@ -208,29 +208,3 @@ def test_clear_spares_what_arrives() -> None:
     host.unpin(pinned)
     assert readable(host) == [C]
     assert counts(host.index) == (3, 0, 1)
-
-
-class _Stubborn(EvictionPolicy):
-    """Names whatever it was told to, pinned or unknown."""
-
-    victim: bytes | None = None
-
-    def insert(self, key: bytes) -> None: ...
-
-    def hit(self, key: bytes) -> None: ...
-
-    def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:
-        return self.victim
-
-    def remove(self, key: bytes) -> None: ...
-
-
-def test_a_policy_cannot_evict_what_is_pinned_or_unknown() -> None:
-    policy = _Stubborn(1)
-    host = HostTier(1, policy)
-    blocks = stored(host, A)
-    host.pin(blocks)
-    for policy.victim in (A, B):
-        assert host.reserve([C]) == []
-        assert host.lookup(A) is blocks[0]
-    assert host.evictions == 0

@@ -29,16 +29,26 @@ def finished(*numbers: int) -> dict[int, int]:
     return dict.fromkeys(numbers, 1)
 
 
-def test_empty_plan_copies_nothing(engine: CommandedCopyEngine) -> None:
+def running(engine: CommandedCopyEngine) -> Worker:
+    """A worker that has told how many slots it has."""
     worker = Worker(engine)
+    report = worker.report()
+    assert report == StepReport(num_slots=8)
+    assert report
+    return worker
+
+
+def test_empty_plan_copies_nothing(engine: CommandedCopyEngine) -> None:
+    worker = running(engine)
     worker.begin(StepPlan())
     worker.store()
     assert engine.tickets == []
     assert worker.report() == StepReport()
+    assert not worker.report()
 
 
 def test_loads_start_at_once_in_one_copy_and_are_fenced(engine: CommandedCopyEngine) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     worker.begin(StepPlan(loads=(job(1, (0, 5)), job(2, (2, 6), (1, 0)))))
     assert engine.directions == [Direction.LOAD]
     assert engine.fenced == engine.tickets
@@ -53,7 +63,7 @@ def test_loads_start_at_once_in_one_copy_and_are_fenced(engine: CommandedCopyEng
 
 
 def test_stores_wait_for_the_forward_pass(engine: CommandedCopyEngine) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     worker.begin(StepPlan(stores=(job(1, (0, 5)), job(2, (3, 6)))))
     assert engine.tickets == []
     worker.store()
@@ -67,13 +77,13 @@ def test_stores_wait_for_the_forward_pass(engine: CommandedCopyEngine) -> None:
 
 
 def test_stores_start_at_once_without_a_forward_pass(engine: CommandedCopyEngine) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     worker.begin(StepPlan(loads=(job(1, (0, 5)),), stores=(job(2, (3, 6)),), has_forward=False))
     assert engine.directions == [Direction.LOAD, Direction.STORE]
 
 
 def test_a_refused_load_is_data(engine: CommandedCopyEngine) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     engine.refuse = True
     worker.begin(StepPlan(loads=(job(1, (0, 5)), job(2, (2, 6), (1, 0)))))
     assert engine.fenced == []
@@ -83,7 +93,7 @@ def test_a_refused_load_is_data(engine: CommandedCopyEngine) -> None:
 
 
 def test_a_refused_store_is_data(engine: CommandedCopyEngine) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     engine.refuse = True
     worker.begin(StepPlan(stores=(job(1, (0, 5)),)))
     worker.store()
@@ -93,7 +103,7 @@ def test_a_refused_store_is_data(engine: CommandedCopyEngine) -> None:
 
 
 def test_a_load_that_fails_later_is_data(engine: CommandedCopyEngine) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     worker.begin(StepPlan(loads=(job(1, (4, 5)),)))
     worker.begin(StepPlan(loads=(job(2, (6, 5)),)))
     engine.tickets[0].fail()
@@ -103,7 +113,7 @@ def test_a_load_that_fails_later_is_data(engine: CommandedCopyEngine) -> None:
 
 
 def test_a_store_that_fails_later_is_data(engine: CommandedCopyEngine) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     worker.begin(StepPlan(stores=(job(1, (4, 5)),), has_forward=False))
     engine.tickets[0].fail()
     assert worker.report() == StepReport(finished(1), frozenset({1}))
@@ -114,7 +124,7 @@ def test_a_store_that_fails_later_is_data(engine: CommandedCopyEngine) -> None:
 def test_stores_of_a_step_with_a_failed_load_are_not_launched(
     engine: CommandedCopyEngine, has_forward: bool
 ) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     plan = StepPlan((job(1, (0, 99)),), (job(2, (3, 6)),), has_forward)
     worker.begin(plan)
     worker.store()
@@ -123,7 +133,7 @@ def test_stores_of_a_step_with_a_failed_load_are_not_launched(
 
 
 def test_stores_of_a_step_with_a_lost_source_are_not_launched(engine: CommandedCopyEngine) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     worker.begin(StepPlan(stores=(job(2, (3, 6)),), lost_block_ids=(7, 5)))
     worker.store()
     assert engine.tickets == []
@@ -132,7 +142,7 @@ def test_stores_of_a_step_with_a_lost_source_are_not_launched(engine: CommandedC
 
 
 def test_the_next_step_stores_again(engine: CommandedCopyEngine) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     worker.begin(StepPlan(lost_block_ids=(7,)))
     worker.take_bad_blocks()
     worker.begin(StepPlan(stores=(job(2, (3, 6)),)))
@@ -142,7 +152,7 @@ def test_the_next_step_stores_again(engine: CommandedCopyEngine) -> None:
 
 @pytest.mark.parametrize("direction", list(Direction))
 def test_slot_that_this_rank_lacks(engine: CommandedCopyEngine, direction: Direction) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     jobs = (job(1, (0, 7)), job(2, (1, 8)))
     loads = jobs if direction is Direction.LOAD else ()
     stores = jobs if direction is Direction.STORE else ()
@@ -156,7 +166,7 @@ def test_slot_that_this_rank_lacks(engine: CommandedCopyEngine, direction: Direc
 def test_only_the_first_failure_is_logged(
     engine: CommandedCopyEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     engine.refuse = True
     for number in range(3):
         worker.begin(StepPlan((job(number, (0, 5)),)))
@@ -165,7 +175,7 @@ def test_only_the_first_failure_is_logged(
 
 
 def test_close_lets_copies_end_and_report_tells(engine: CommandedCopyEngine) -> None:
-    worker = Worker(engine)
+    worker = running(engine)
     worker.begin(StepPlan(stores=(job(1, (0, 5)),), has_forward=False))
     worker.close()
     assert engine.closed

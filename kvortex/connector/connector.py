@@ -131,7 +131,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is None:
             return None
         report = self._worker.worker.report()
-        return ReportMessage(report) if report.finished else None
+        return ReportMessage(report) if report else None
 
     # Scheduler side, in the order of a step
 
@@ -185,8 +185,8 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler is not None and self._scheduler.offload.pending
 
     def has_pending_block_frees(self) -> bool:
-        """Whether stores still hold GPU blocks."""
-        return self.has_pending_push_work()
+        """Whether GPU blocks will be free as soon as stores have ended."""
+        return self._scheduler is not None and self._scheduler.frees_blocks
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -1,4 +1,4 @@
-"""What KVortex needs to know of vLLM's KV cache configuration, equal on both sides."""
+"""What KVortex needs to know of vLLM's KV cache configuration, on both sides."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from vllm.v1.kv_cache_interface import (
     MLAAttentionSpec,
     UniformTypeKVCacheSpecs,
 )
-
-from kvortex.layout import PAGE_ALIGNMENT
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,7 +30,8 @@ class Geometry:
     block_tokens: int
     """Tokens of one block, over all context-parallel ranks."""
     slot_bytes: int
-    """Bytes of one block on one rank, as the configuration states them."""
+    """Bytes of one block on this rank, for the scheduler on the first: where layers are spread
+    unevenly over pipeline stages, ranks differ."""
     num_ranks: int
 
 
@@ -48,21 +47,17 @@ def unsupported(kv_cache_config: KVCacheConfig) -> str | None:
 
 
 def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Geometry:
-    """Read off a supported configuration."""
-    group = kv_cache_config.kv_cache_groups[0]
-    spec, block_tokens = (
-        group.kv_cache_spec,
-        resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[0],
-    )
-    if isinstance(spec, UniformTypeKVCacheSpecs):
-        sizes = [layer.page_size_bytes for layer in spec.kv_cache_specs.values()]
-    else:
-        sizes = [spec.page_size_bytes] * len(group.layer_names)
+    """Read off a supported configuration.
+
+    The size of a block comes from the tensors: of layers that differ, the scheduler is told the
+    specification of the first only.
+    """
+    num_blocks = kv_cache_config.num_blocks
     return Geometry(
-        layer_names=tuple(group.layer_names),
-        num_gpu_blocks=kv_cache_config.num_blocks,
-        block_tokens=block_tokens,
-        slot_bytes=sum(-(-size // PAGE_ALIGNMENT) * PAGE_ALIGNMENT for size in sizes),
+        layer_names=tuple(kv_cache_config.kv_cache_groups[0].layer_names),
+        num_gpu_blocks=num_blocks,
+        block_tokens=resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[0],
+        slot_bytes=sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors) // num_blocks,
         num_ranks=vllm_config.parallel_config.world_size,
     )
 

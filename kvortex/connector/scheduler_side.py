@@ -64,6 +64,11 @@ class SchedulerSide:
         """Before this nothing is stored."""
         self._pool = pool
 
+    @property
+    def frees_blocks(self) -> bool:
+        """Whether a store under way is the last holder of a GPU block."""
+        return any(block.ref_cnt == 1 for held in self._held.values() for block in held)
+
     def match(self, request: Request, num_computed_tokens: int) -> int:
         """Tokens after the computed ones that can be loaded: whole blocks, one token left over."""
         if request.skip_reading_prefix_cache or num_computed_tokens % self._block_tokens:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import socket
 from typing import TYPE_CHECKING
 
+import torch
+from vllm.distributed.parallel_state import get_world_group
+
+from kvortex.config import GIB
 from kvortex.engine import slots_in_pool
-from kvortex.host_pool import GIB, HostPool, require_free_memory
+from kvortex.host_pool import HostPool, free_memory_bytes, require_free_memory
 from kvortex.layout import make_layout
-from kvortex.worker import Worker, open_copy_engine
+from kvortex.worker import open_worker
 
 if TYPE_CHECKING:
-    import torch
-
     from kvortex.config import KVortexConfig
     from kvortex.connector.geometry import Geometry
 
@@ -29,9 +32,10 @@ class WorkerSide:
         layout = make_layout(own, geometry.num_gpu_blocks)
         num_slots = slots_in_pool(config, geometry.slot_bytes, geometry.num_ranks)
         size = num_slots * layout.slot_bytes
-        require_free_memory(config.ram_pool_gb, size)
+        free, ranks = _memory_of_all_ranks()
+        require_free_memory(config.ram_pool_gb, size * ranks, free)
         self._pool = HostPool(num_slots, layout.slot_bytes, pinned=layout.device.type == "cuda")
-        self.worker = Worker(open_copy_engine(layout, self._pool, config.num_cuda_streams))
+        self.worker = open_worker(layout, self._pool, config.num_cuda_streams)
         logger.info(
             "KVortex: %.1f GiB of host RAM hold %d blocks, %d tokens, against %d tokens on %s",
             size / GIB,
@@ -45,3 +49,16 @@ class WorkerSide:
         """Let copies end and give the memory back."""
         self.worker.close()
         self._pool.close()
+
+
+def _memory_of_all_ranks() -> tuple[int, int]:
+    """Free RAM in bytes before any rank of this machine took its share, and how many they are.
+
+    Every rank has to look before one of them allocates, or their sum could be more than there is.
+    """
+    world = get_world_group()
+    mine = (socket.gethostname(), free_memory_bytes())
+    all_ranks = [mine] * world.world_size
+    torch.distributed.all_gather_object(all_ranks, mine, group=world.cpu_group)
+    free = [number for host, number in all_ranks if host == mine[0]]
+    return min(free), len(free)

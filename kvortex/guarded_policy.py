@@ -1,0 +1,74 @@
+"""GuardedPolicy: a policy whose errors cost hits only, never the engine. Scheduler side."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from kvortex.policies import LRU, EvictionPolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+logger = logging.getLogger(__name__)
+
+
+class GuardedPolicy(EvictionPolicy):
+    """Passes each verb on, and gives the tier to LRU once the policy raises or breaks its word.
+
+    Args:
+        policy: somebody's policy, not trusted.
+        resident: the tier's own map of resident keys.
+    """
+
+    def __init__(self, policy: EvictionPolicy, resident: Collection[bytes]) -> None:
+        super().__init__(getattr(policy, "capacity", 0))
+        self._policy = policy
+        self._resident = resident
+
+    def insert(self, key: bytes) -> None:
+        """`key` is in the map already."""
+        try:
+            self._policy.insert(key)
+        except Exception as error:  # noqa: BLE001
+            self._replace(repr(error))
+
+    def hit(self, key: bytes) -> None:
+        try:
+            self._policy.hit(key)
+        except Exception as error:  # noqa: BLE001
+            self._replace(repr(error))
+
+    def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:
+        try:
+            victim = self._policy.evict(pinned)
+            wrong = self._what_is_wrong(victim, pinned)
+        except Exception as error:  # noqa: BLE001
+            victim, wrong = None, repr(error)
+        if wrong is None:
+            return victim
+        self._replace(f"evict {wrong}")
+        return self._policy.evict(pinned)
+
+    def remove(self, key: bytes) -> None:
+        """`key` is in the map still."""
+        try:
+            self._policy.remove(key)
+        except Exception as error:  # noqa: BLE001
+            self._replace(repr(error))
+            self._policy.remove(key)
+
+    def _what_is_wrong(self, victim: object, pinned: Callable[[bytes], bool]) -> str | None:
+        if victim is None:
+            left = any(not pinned(key) for key in self._resident)
+            return "found no key though one is not pinned" if left else None
+        if not isinstance(victim, bytes) or victim not in self._resident:
+            return f"returned {victim!r}, which is not resident"
+        return f"returned {victim.hex()}, which is pinned" if pinned(victim) else None
+
+    def _replace(self, reason: str) -> None:
+        name = type(self._policy).__qualname__
+        logger.error("Eviction policy %s is replaced by LRU: %s.", name, reason)
+        self._policy = LRU(self.capacity)
+        for key in self._resident:
+            self._policy.insert(key)
