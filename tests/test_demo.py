@@ -72,8 +72,10 @@ def test_a_terminated_demo_ends_its_server(tmp_path: Path) -> None:
     assert demo.stderr is not None
     while "starting" not in (line := demo.stderr.readline()):
         assert line
-    while not (servers := children(demo.pid)):
+    while not any(log.stat().st_size for log in tmp_path.glob("*/server.log")):
         assert demo.poll() is None
+    servers = children(demo.pid)
+    assert servers
     demo.terminate()
     demo.communicate(timeout=60)
     assert demo.returncode == 130
