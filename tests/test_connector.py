@@ -199,7 +199,9 @@ def test_equal_when_the_host_pool_is_too_small(tiny_model: str, expected: list[l
 def test_a_failing_copy_costs_time_only(
     tiny_model: str, expected: list[list[int]], broken: Direction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With asynchronous scheduling vLLM keeps a token of the step after a failed load.
+    # vLLM computes again after a failed load only here: with asynchronous scheduling it keeps a
+    # token of the step after, and its second model runner does not go back to the failed block.
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     with running(tiny_model, 0.5, async_scheduling=False) as llm:
         asked = prompts(LENGTHS)
         engine = worker_of_this_process()._copy_engine
@@ -322,3 +324,32 @@ def test_unsupported_caches_are_named() -> None:
     assert unsupported(KVCacheConfig(8, [], [full])) is None
     assert "SlidingWindowSpec" in str(unsupported(KVCacheConfig(8, [], [window])))
     assert "2 KV cache groups" in str(unsupported(KVCacheConfig(8, [], [full, window])))
+
+
+def test_both_sides_count_slots_alike_where_layers_differ() -> None:
+    """vLLM tells the scheduler the specification of the first layer only."""
+    from vllm.config import VllmConfig
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheGroupSpec,
+        UniformTypeKVCacheSpecs,
+    )
+
+    from kvortex.connector.geometry import geometry_of, unsupported
+
+    shape = {"block_size": 32, "head_size": 8, "dtype": torch.float32}
+    layers = {f"{heads}": FullAttentionSpec(**shape, num_kv_heads=heads) for heads in (1, 2, 5)}
+    group = KVCacheGroupSpec(list(layers), UniformTypeKVCacheSpecs(32, layers))
+    vllm = VllmConfig()
+    vllm.cache_config.block_size = 32
+    if hasattr(vllm.cache_config, "kv_cache_layout"):  # else vLLM's engine chooses it at start
+        vllm.cache_config.kv_cache_layout = "LBNHC"
+    block_bytes = (1 + 2 + 5) * 32 * 8 * 4 * 2
+    of_worker = kv_cache_utils.get_kv_cache_config_from_groups(vllm, [group], 7 * block_bytes)
+    of_scheduler = kv_cache_utils.generate_scheduler_kv_cache_config([of_worker])
+    assert type(of_scheduler.kv_cache_groups[0].kv_cache_spec) is FullAttentionSpec
+    sides = [geometry_of(vllm, of) for of in (of_worker, of_scheduler)]
+    assert sides[0] == sides[1]
+    assert (sides[0].num_gpu_blocks, sides[0].slot_bytes) == (7, block_bytes)
+    assert unsupported(of_worker) is unsupported(of_scheduler) is None

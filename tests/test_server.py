@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from kvortex import KVortexConfig
 from kvortex.server import Server, ServerError
@@ -80,3 +82,26 @@ def test_bad_configuration_ends_the_server_at_once(
     first = str(caught.value).splitlines()[0]
     assert first.startswith("KVortex cannot start: ")
     assert line in first
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
+def test_two_ranks_restore_together(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, *_ = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{one}|{other}")
+    transfer = KVortexConfig(ram_pool_gb=0.5).kv_transfer_config()
+    arguments = [*ARGUMENTS.split(), "--tensor-parallel-size", "2"]
+    with Server(tiny_model, tmp_path, arguments, transfer) as server:
+        asked = prompts()[:4]
+        cold = [server.complete(prompt, 10) for prompt in asked]
+        server.reset_prefix_cache()
+        restored = [server.complete(prompt, 10) for prompt in asked]
+        hits = sum((length - 1) // BLOCK * BLOCK for length in LENGTHS[:4])
+        assert [answer.token_ids for answer in restored] == [answer.token_ids for answer in cold]
+        assert server.counter("vllm:external_prefix_cache_hits") == hits
+        assert server.counter("vllm:kvortex_loaded_blocks") == hits // BLOCK
+        assert server.counter("vllm:kvortex_failed_stores") == 0
+    assert "0.2 GiB of host RAM hold" in (tmp_path / "server.log").read_text()

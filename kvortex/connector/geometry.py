@@ -57,9 +57,16 @@ def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Geom
         layer_names=tuple(kv_cache_config.kv_cache_groups[0].layer_names),
         num_gpu_blocks=num_blocks,
         block_tokens=resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[0],
-        slot_bytes=sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors) // num_blocks,
+        slot_bytes=_allocated_bytes(kv_cache_config) // num_blocks,
         num_ranks=vllm_config.parallel_config.world_size,
     )
+
+
+def _allocated_bytes(kv_cache_config: KVCacheConfig) -> int:
+    """Since vLLM 0.32 all tensors lie in one allocation, whose size each of them names."""
+    sizes = [tensor.size for tensor in kv_cache_config.kv_cache_tensors]
+    one_allocation = hasattr(kv_cache_config.kv_cache_tensors[0], "layer_stride")
+    return max(sizes) if one_allocation else sum(sizes)
 
 
 def _layer_specs(spec: KVCacheSpec) -> list[KVCacheSpec]:
