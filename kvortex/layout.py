@@ -114,7 +114,7 @@ def _common_blocks(named: list[tuple[str, torch.Tensor]]) -> int:
 
 def _byte_view(name: str, tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
     """The tensor's memory as uint8 (num_blocks, *runs, run_bytes), outermost run first."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+    if tensor.layout is not torch.strided or tensor.is_quantized:
         raise LayoutError(f"{name}: shape {tuple(tensor.shape)}, {tensor.layout}: not plain memory")
     shown = f"{name}: shape {tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype}"
     if num_blocks < 1 or tensor.dim() < 1 or tensor.numel() == 0 or tensor.shape[0] % num_blocks:
@@ -151,3 +151,5 @@ def _require_one_device(pages: list[Page]) -> None:
     devices = {page.view.device for page in pages}
     if len(devices) > 1:
         raise LayoutError(f"KV tensors on several devices: {sorted(map(str, devices))}")
+    if pages[0].view.is_meta:
+        raise LayoutError("KV tensors on the meta device have no memory")

@@ -184,7 +184,7 @@ def test_no_tensors_are_refused() -> None:
 
 def test_layers_of_unequal_block_counts_are_refused() -> None:
     with pytest.raises(LayoutError, match=r"b: shape \(3, 4\).*multiple of 4"):
-        make_layout({"a": torch.zeros(4, 4), "b": torch.zeros(3, 4)})
+        make_layout({"a": torch.zeros(4, 4), "b": torch.zeros(3, 4)}, 4)
 
 
 def test_several_devices_are_refused() -> None:
