@@ -9,7 +9,6 @@ folder with nothing but a config.json will do for a model: weights are random.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -19,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from results import append, machine
 
 HOST_GIB = 24
 HOST_HITS = 5
@@ -110,22 +111,6 @@ def _row(
     }
 
 
-def machine() -> dict[str, str]:
-    """What the rows were measured on."""
-    import torch
-    import vllm
-
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    name, driver = subprocess.check_output(query, text=True).splitlines()[0].split(", ")
-    return {
-        "device": name,
-        "driver": driver,
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -149,17 +134,6 @@ def main() -> None:
         for row in json.loads(lines[-1][5:]) if lines else []:
             print(row, flush=True)
             append(args.out, facts | row)
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file, with a header if it is new."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

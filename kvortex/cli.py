@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from kvortex import __version__
@@ -60,6 +61,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     demo.set_defaults(command=_demo)
+
+    tune = commands.add_parser(
+        "tune",
+        help="measure which way of copying is fastest on this machine, and keep the result",
+        epilog="kvortex tune --device 0",
+    )
+    tune.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
+    tune.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    tune.set_defaults(command=_tune)
     return parser
 
 
@@ -104,6 +114,35 @@ def _demo(arguments: argparse.Namespace) -> int:
         what = "nothing was restored" if result.outputs_equal else "an output differs"
         print(f"kvortex: the demonstration failed: {what}", file=sys.stderr)
     return 0 if result.ok else EXIT_FAILED
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available() or arguments.device not in range(torch.cuda.device_count()):
+        raise ConfigError(
+            f"--device {arguments.device}: this machine has {torch.cuda.device_count()} GPUs that "
+            "torch can use; there is nothing to measure without one"
+        )
+    from kvortex.calibration import machine_key, save_calibration
+    from kvortex.tune import table, tune
+
+    device = torch.device("cuda", arguments.device)
+    with torch.cuda.device(device):
+        calibration, rows = tune(
+            device, lambda line: print(f"[kvortex tune] {line}", file=sys.stderr)
+        )
+    path = save_calibration(device, calibration)
+    if arguments.json:
+        told = {
+            "machine": machine_key(device),
+            "file": str(path),
+            "rows": [asdict(row) | {"direction": row.direction.value} for row in rows],
+        }
+        print(json.dumps(told))
+    else:
+        print(f"{machine_key(device)}\n{table(rows, calibration)}\nkept in {path}")
+    return 0
 
 
 def _interrupt(_number: int, _frame: object) -> None:

@@ -59,6 +59,8 @@ class Direction(Enum):
     STORE = "store"
     LOAD = "load"
 
+    __hash__ = object.__hash__  # Enum's own is slow, and this is looked up for every copy
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

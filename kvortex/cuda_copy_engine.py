@@ -1,202 +1,118 @@
-"""CudaCopyEngine: moves blocks with the Triton kernel, zero-copy, on its own CUDA streams."""
+"""CudaCopyEngine: gives each copy to the mover that is fastest for it. Worker side."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import time
-from dataclasses import dataclass
-from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from kvortex.calibration import ZERO_COPY, load_calibration
 from kvortex.copy_engine import CopyEngine, Ticket
 from kvortex.core import Direction, TransferError
-from kvortex.triton_kernels.paged_copy import paged_copy
+from kvortex.cuda_driver import cuda_driver
+from kvortex.cuda_ticket import CudaTicket, EventPool
+from kvortex.id_ring import IdRing
+from kvortex.lane import Lane
+from kvortex.movers import open_movers
 from kvortex.triton_kernels.reference import paged_copy_reference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kvortex.core import BlockIds
+    from kvortex.cuda_driver import Handle
     from kvortex.host_pool import HostPool
     from kvortex.layout import Layout
 
 logger = logging.getLogger(__name__)
 
-BLOCKS_PER_LAUNCH = 4096
-LARGEST_CHUNK_WORDS = 4096
-LARGE_RUN_BYTES = 16 << 10
-POLL_SECONDS = 50e-6
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchShape:
-    """How one layout is cut up for the kernel.
-
-    Measured on an H200 over PCIe 5: 8 programs of 4 096 8-byte words fill the link from runs of
-    16 KiB on; shorter runs need more programs to hide the latency of the link.
-    """
-
-    word: int
-    chunk_words: int
-    chunks_per_run: int
-    programs: int
-    num_warps: int
-
-    @classmethod
-    def of(cls, runs: torch.Tensor, slot_bytes: int) -> LaunchShape:
-        """Choose for a run table (see `Layout.run_table`)."""
-        word = _common_word(runs, slot_bytes)
-        longest = int(runs[:, 3].max())
-        chunk_words = min(LARGEST_CHUNK_WORDS, 1 << (longest // word - 1).bit_length())
-        return cls(
-            word=word,
-            chunk_words=chunk_words,
-            chunks_per_run=-(-longest // (chunk_words * word)),
-            programs=8 if longest >= LARGE_RUN_BYTES else 32,
-            num_warps=min(16, max(1, chunk_words // 64)),
-        )
-
-
-def _common_word(runs: torch.Tensor, slot_bytes: int) -> int:
-    """The largest of 8, 4, 2, 1 that divides every number in the table and the slot size."""
-    bits = slot_bytes | 8
-    for number in runs.flatten().tolist():
-        bits |= number
-    return bits & -bits
-
-
-class CudaTicket(Ticket):
-    """An event behind the last launch of a copy."""
-
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self.event = event
-
-    @property
-    def done(self) -> bool:
-        try:
-            return bool(self.event.query())
-        except RuntimeError as error:
-            raise TransferError(f"the GPU reported: {error}") from error
-
-    def wait(self, timeout: float | None = None) -> bool:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not self.done:
-            if deadline is not None and time.monotonic() >= deadline:
-                return False
-            time.sleep(POLL_SECONDS)
-        return True
-
-
-class _IdPages:
-    """Pinned memory in which kernels read their ids themselves, so that nothing is copied.
-
-    A page is written again only after the kernels that read it ended; torch's own allocator
-    does not know of them.
-    """
-
-    def __init__(self) -> None:
-        self._free: list[torch.Tensor] = []
-        self._lent: list[tuple[list[torch.Tensor], torch.cuda.Event]] = []
-
-    def write(self, block_ids: BlockIds, slots: BlockIds) -> torch.Tensor:
-        """An int64 page (BLOCKS_PER_LAUNCH, 2) whose first rows are block ids and slots."""
-        if not self._free:
-            self._take_back()
-        if self._free:
-            page = self._free.pop()
-        else:
-            page = torch.empty((BLOCKS_PER_LAUNCH, 2), dtype=torch.int64, pin_memory=True)
-        numbers = page.numpy()
-        numbers[: len(block_ids), 0] = block_ids
-        numbers[: len(block_ids), 1] = slots
-        return page
-
-    def lend(self, pages: list[torch.Tensor], event: torch.cuda.Event) -> None:
-        """Leave written pages to the kernels ahead of an event."""
-        self._lent.append((pages, event))
-
-    def _take_back(self) -> None:
-        lent, self._lent = self._lent, []
-        for pages, event in lent:
-            if event.query():
-                self._free += pages
-            else:
-                self._lent.append((pages, event))
+ID_ROWS = 65536
+MOST_CHUNKS = (1 << 31) - (1 << 24)
+"""The kernel counts the chunks of a launch in 32 bits; a run has a chunk at least every 2 KiB."""
+LEAST_CHUNK_BYTES = 2048
 
 
 class CudaCopyEngine(CopyEngine):
-    """Loads run on streams of high priority, stores on streams of low priority."""
+    """Loads run on streams of high priority, stores on streams of low priority.
+
+    The calling thread submits every copy: that takes microseconds, where a thread of its own would
+    wait for the GIL, on a busy model thread for milliseconds at a time.
+
+    Raises:
+        TransferError: this GPU cannot run the movers.
+    """
 
     def __init__(self, layout: Layout, pool: HostPool, num_streams: int) -> None:
         super().__init__(layout, pool)
-        runs = layout.run_table()
-        self.shape = LaunchShape.of(runs, pool.slot_bytes)
+        if torch.version.hip is not None:
+            raise TransferError("KVortex needs an NVIDIA GPU; this torch was built for ROCm")
         self._device = layout.device
-        self._runs = runs.to(self._device)
-        self._streams = _open_streams(self._device, num_streams)
-        self._id_pages = _IdPages()
-        self._warm_up()
-
-    def _warm_up(self) -> None:
-        """Compile both kernels now, and find out here if this GPU cannot run them.
-
-        Block 0 goes to slot 0 and back, and so stays as it is.
-
-        Raises:
-            TransferError: it cannot.
-        """
-        first = np.zeros(1, np.int64)
-        for direction in (Direction.STORE, Direction.LOAD):
-            self.copy(direction, first, first).wait()
+        self._index = int(layout.device.index or 0)
+        self._driver = cuda_driver()
+        self._events = EventPool()
+        calibration = load_calibration(self._device)
+        self._choices = calibration.for_page(layout.stretch_bytes())
+        with torch.cuda.device(self._device):
+            self._entered = self._events.take()
+            self._streams = _open_streams(self._device, num_streams)
+            self._lanes = {way: self._lane(way) for way in Direction}
+            self._last: dict[Direction, CudaTicket | None] = dict.fromkeys(Direction)
+            self._warm_up()
+        logger.info("KVortex copies by %s", self._describe(calibration.origin))
 
     def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> Ticket:
+        if torch._C._cuda_getDevice() != self._index:
+            with torch.cuda.device(self._device):
+                return self.copy(direction, block_ids, slots)
+        try:
+            ticket = self._submit(direction, block_ids, slots)
+        except Exception as error:
+            if direction is Direction.STORE:
+                raise TransferError(f"store could not be launched: {error}") from error
+            ticket = self._load_plainly(block_ids, slots, error)
+        self._last[direction] = ticket
+        return ticket
+
+    def load_layers(self, block_ids: BlockIds, slots: BlockIds) -> list[CudaTicket]:
+        """Start loading blocks page by page, in the layout's order, each page with its ticket.
+
+        Raises:
+            TransferError: nothing is under way, though some bytes may have been written.
+        """
         with torch.cuda.device(self._device):
             try:
-                return CudaTicket(self._enqueue(direction, block_ids, slots))
-            except Exception as error:  # Triton raises errors of many unrelated classes
-                if direction is Direction.STORE:
-                    raise TransferError(f"store could not be launched: {error}") from error
-                return CudaTicket(self._load_plainly(block_ids, slots, error))
+                lane, pages = self._lanes[Direction.LOAD], self.layout.page_runs()
+                return lane.submit_runs(block_ids, slots, self._before(), pages)
+            except Exception as error:  # noqa: BLE001  (a load was promised, whatever it was)
+                return [self._load_plainly(block_ids, slots, error)] * len(self.layout.pages)
 
     def fence(self, ticket: Ticket) -> None:
         assert isinstance(ticket, CudaTicket)
-        torch.cuda.current_stream(self._device).wait_event(ticket.event)
+        ticket.hold(self._current_stream())
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):  # a GPU that failed; its tickets say so
             torch.cuda.synchronize(self._device)
-        self._id_pages = _IdPages()
+            self._events.close()
 
-    def _enqueue(
-        self, direction: Direction, block_ids: BlockIds, slots: BlockIds
-    ) -> torch.cuda.Event:
-        """Launch the kernel behind the current stream's work; returns the event behind it."""
-        stream = next(self._streams[direction])
-        stream.wait_stream(torch.cuda.current_stream())
-        pages: list[torch.Tensor] = []
-        try:
-            with torch.cuda.stream(stream):
-                for start in range(0, len(block_ids), BLOCKS_PER_LAUNCH):
-                    part = slice(start, start + BLOCKS_PER_LAUNCH)
-                    pages.append(self._id_pages.write(block_ids[part], slots[part]))
-                    self._launch(direction, pages[-1], len(block_ids[part]))
-            event = torch.cuda.Event()
-            event.record(stream)
-        except Exception:
-            with contextlib.suppress(RuntimeError):  # what did start ends before its slots go
-                stream.synchronize()
-            raise
-        self._id_pages.lend(pages, event)
-        return event
+    def _submit(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> CudaTicket:
+        lane = self._lanes[direction]
+        mover = self._mover(direction, len(block_ids) * self.pool.slot_bytes)
+        if mover not in lane.movers:
+            mover = ZERO_COPY
+        return lane.submit(mover, block_ids, slots, self._before())
 
-    def _load_plainly(
-        self, block_ids: BlockIds, slots: BlockIds, reason: Exception
-    ) -> torch.cuda.Event:
-        """Load without the kernel, while the host waits: vLLM was promised these bytes.
+    def _mover(self, direction: Direction, nbytes: int) -> str:
+        """The name of the fastest; only where it matters is the other direction looked at."""
+        choice = self._choices[direction]
+        if nbytes < choice.busy_from_bytes and nbytes < choice.from_bytes:
+            return choice.small
+        other = self._last[Direction.LOAD if direction is Direction.STORE else Direction.STORE]
+        return choice.mover(nbytes, busy=other is not None and not _is_over(other))
+
+    def _load_plainly(self, block_ids: BlockIds, slots: BlockIds, reason: Exception) -> CudaTicket:
+        """Load without a mover, while the host waits: vLLM was promised these bytes.
 
         A vLLM that schedules asynchronously has the next step under way when it hears of a failed
         load, and keeps the token of that step; its second model runner never goes back to the
@@ -208,36 +124,68 @@ class CudaCopyEngine(CopyEngine):
         logger.warning("A load could not be launched (%s); copying it slowly.", reason)
         pages = [(page.view, page.slot_offset) for page in self.layout.pages]
         ids, places = torch.from_numpy(block_ids), torch.from_numpy(slots)
-        event = torch.cuda.Event()
         try:
             paged_copy_reference(pages, ids, places, self.pool.bytes, store=False)
-            event.record()
+            return CudaTicket(self._events, self._current_stream())
         except RuntimeError as error:
             raise TransferError(f"load of {len(ids)} blocks failed: {error}") from error
-        return event
 
-    def _launch(self, direction: Direction, ids: torch.Tensor, num_blocks: int) -> None:
-        paged_copy(
-            self._runs,
-            ids,
-            self.pool.bytes,
-            num_blocks,
-            self.shape.chunks_per_run,
-            store=direction is Direction.STORE,
-            word=self.shape.word,
-            chunk_words=self.shape.chunk_words,
-            programs=self.shape.programs,
-            num_warps=self.shape.num_warps,
+    def _before(self) -> Handle:
+        """The event behind the current stream's work; for the next submission only."""
+        self._driver.record(self._entered, self._current_stream())
+        return self._entered
+
+    def _current_stream(self) -> Handle:
+        """torch's public way to it takes twenty times as long."""
+        handle: Handle = torch._C._cuda_getCurrentRawStream(self._index)
+        return handle
+
+    def _lane(self, direction: Direction) -> Lane:
+        choice, ids = self._choices[direction], IdRing(ID_ROWS)
+        names = {ZERO_COPY, choice.small, choice.large}
+        movers = open_movers(
+            self.layout, self.pool, direction, names, choice.programs, ids, self._events
         )
+        streams = [stream.cuda_stream for stream in self._streams[direction]]
+        block_chunks = self.pool.slot_bytes // LEAST_CHUNK_BYTES + len(self.layout.run_table())
+        most = max(1, min(ID_ROWS // 2, MOST_CHUNKS // block_chunks))
+        return Lane(direction, streams, movers, ids, self._events, most)
+
+    def _warm_up(self) -> None:
+        """Find out now if this GPU cannot run a mover.
+
+        Block 0 goes to slot 0 and back, and so stays as it is.
+
+        Raises:
+            TransferError: it cannot.
+        """
+        first = np.zeros(1, np.int64)
+        for direction in (Direction.STORE, Direction.LOAD):
+            lane = self._lanes[direction]
+            for mover in lane.movers:
+                lane.submit(mover, first, first, self._before()).wait()
+
+    def _describe(self, origin: str) -> str:
+        told = [
+            f"{way.value}: {choice.small}, {choice.large} from {choice.from_bytes >> 20} MiB"
+            for way, choice in self._choices.items()
+        ]
+        return f"{'; '.join(told)} ({origin})"
 
 
-def _open_streams(
-    device: torch.device, number: int
-) -> dict[Direction, Iterator[torch.cuda.Stream]]:
+def _is_over(ticket: CudaTicket) -> bool:
+    """Whether a copy ended, well or not."""
+    try:
+        return ticket.done
+    except TransferError:
+        return True
+
+
+def _open_streams(device: torch.device, number: int) -> dict[Direction, list[torch.cuda.Stream]]:
     """Half of the streams for each direction, taken in turn; a single one serves both."""
     if number == 1:
-        only = cycle([torch.cuda.Stream(device)])
+        only = [torch.cuda.Stream(device)]
         return {Direction.LOAD: only, Direction.STORE: only}
     loads = [torch.cuda.Stream(device, priority=-1) for _ in range(number // 2)]
     stores = [torch.cuda.Stream(device, priority=0) for _ in range(number - number // 2)]
-    return {Direction.LOAD: cycle(loads), Direction.STORE: cycle(stores)}
+    return {Direction.LOAD: loads, Direction.STORE: stores}

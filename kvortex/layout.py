@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, pairwise, product
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,6 +61,20 @@ class Layout:
     def run_table(self) -> torch.Tensor:
         """int64 tensor (runs, 4) on the CPU: the rows of `Page.runs` over all pages."""
         return torch.tensor([run for page in self.pages for run in page.runs()], dtype=torch.int64)
+
+    def page_runs(self) -> list[range]:
+        """The rows of the run table that belong to each page."""
+        ends = list(accumulate(prod(page.view.shape[1:-1]) for page in self.pages))
+        return [range(start, end) for start, end in pairwise([0, *ends])]
+
+    def stretch_bytes(self) -> int:
+        """Bytes that lie side by side both in a block and in a slot, on the average."""
+        runs = sorted(run for page in self.pages for run in page.runs())
+        breaks = sum(
+            (one[0] + one[3], one[2] + one[3]) != (other[0], other[2])
+            for one, other in pairwise(runs)
+        )
+        return sum(run[3] for run in runs) // (breaks + 1)
 
 
 def make_layout(

@@ -235,7 +235,7 @@ def test_a_load_that_cannot_be_launched_is_copied_slowly(
         def broken(*_: Any, **__: Any) -> None:
             raise RuntimeError("made to fail")
 
-        monkeypatch.setattr("kvortex.cuda_copy_engine.paged_copy", broken)
+        monkeypatch.setattr("kvortex.paged_kernel.PagedKernel.launch", broken)
         assert answers(llm, asked) == (expected, whole_blocks(LENGTHS))
         assert counters(llm)["failed_loads"] == 0
         assert counters(llm)["loaded_blocks"] * BLOCK == sum(whole_blocks(LENGTHS))

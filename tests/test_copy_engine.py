@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,13 @@ from kvortex.host_pool import HostPool
 from kvortex.layout import make_layout
 from kvortex.worker import open_copy_engine
 
+if torch.cuda.is_available():
+    from kvortex.cuda_copy_engine import CudaCopyEngine
+    from kvortex.id_ring import MANY
+    from kvortex.tune import rig
+
 STORE, LOAD = Direction.STORE, Direction.LOAD
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 Open = Callable[..., CopyEngine]
 SLEEP_CYCLES = 200_000_000
 """About 0.1 s of a GPU, ages for the small copies behind it."""
@@ -152,14 +161,14 @@ def test_random_traffic(device: torch.device, open_engine: Open) -> None:
 
 
 @pytest.mark.parametrize("direction", [STORE, LOAD])
-@pytest.mark.parametrize("count", [4095, 4096, 4097, 9000])
+@pytest.mark.parametrize("count", [4096, 9000, 32768, 32769, 150_000])
 def test_more_blocks_than_one_launch_takes(
     count: int, direction: Direction, device: torch.device, open_engine: Open
 ) -> None:
-    kv = dense((9000, 24), torch.int8, device)
-    engine = open_engine({"a": kv}, num_slots=9000)
-    blocks = np.random.default_rng(1).permutation(9000)[:count]
-    slots = np.random.default_rng(2).permutation(9000)[:count]
+    kv = dense((count, 24), torch.int8, device)
+    engine = open_engine({"a": kv}, num_slots=count)
+    blocks = np.random.default_rng(1).permutation(count)
+    slots = np.random.default_rng(2).permutation(count)
     before, host = kv.cpu().view(torch.uint8), engine.pool.bytes.clone()
     assert engine.copy(direction, blocks, slots).wait()
     if direction is STORE:
@@ -167,7 +176,7 @@ def test_more_blocks_than_one_launch_takes(
     else:
         before[blocks] = host[slots, :24]
     assert torch.equal(kv.cpu().view(torch.uint8), before)
-    assert torch.equal(engine.pool.bytes, host)
+    assert torch.equal(engine.pool.bytes[:, :24], host[:, :24])  # the rest is padding
 
 
 only_cuda = pytest.mark.parametrize(
@@ -177,7 +186,7 @@ only_cuda = pytest.mark.parametrize(
             torch.device("cuda"),
             marks=[
                 pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+                NO_CUDA,
             ],
         )
     ],
@@ -255,6 +264,64 @@ def test_a_store_behind_a_fenced_load_reads_what_was_loaded(
 
 
 @only_cuda
+@pytest.mark.parametrize("count", [0, 1, 40, 40_000])
+def test_layers_come_one_after_the_other(
+    count: int, device: torch.device, open_engine: Open
+) -> None:
+    kv = {name: dense((40_000, 3, 8), torch.int8, device) for name in "abc"}
+    engine = open_engine(kv, num_slots=40_000)
+    assert isinstance(engine, CudaCopyEngine)
+    blocks = np.random.default_rng(1).permutation(40_000)[:count]
+    slots = np.random.default_rng(2).permutation(40_000)[:count]
+    expected = {name: tensor.cpu().clone() for name, tensor in kv.items()}
+    for page in engine.layout.pages:
+        part = engine.pool.bytes[slots, page.slot_offset : page.slot_offset + 24]
+        expected[page.name][blocks] = part.view(torch.int8).view(-1, 3, 8)
+    tickets = engine.load_layers(blocks, slots)
+    for name, ticket in zip("abc", tickets, strict=True):
+        engine.fence(ticket)
+        assert torch.equal(kv[name].cpu(), expected[name])
+
+
+@only_cuda
+@pytest.mark.parametrize("mover", ["zero-copy", "staged", "dma"])
+@pytest.mark.parametrize("page", [24, 4096, 40_000])
+def test_every_mover_copies_the_same_bytes(mover: str, page: int, device: torch.device) -> None:
+    """Enough blocks for many chunks of the staging buffers, to slots near and far."""
+    with rig(device, page, page * 50_000) as machine:
+        slots = np.random.default_rng(3).permutation(machine.num_blocks)
+        half = machine.num_blocks // 2
+        slots[:half] = np.sort(slots[:half])
+        store, load = (machine.lane(way, mover, 8) for way in (STORE, LOAD))
+        before = {name: kv.clone() for name, kv in machine.kv_caches.items()}
+        machine.pool.bytes.fill_(0xEE)
+        machine.slots = slots
+        assert machine.start(store).wait()
+        for page_ in machine.layout.pages:
+            part = machine.pool.bytes[slots, page_.slot_offset : page_.slot_offset + page]
+            assert torch.equal(part, before[page_.name][machine.block_ids].cpu())
+        for kv in machine.kv_caches.values():
+            kv.fill_(0xDD)
+        assert machine.start(load).wait()
+        assert all(torch.equal(kv, before[name]) for name, kv in machine.kv_caches.items())
+
+
+@only_cuda
+def test_both_ways_at_once(device: torch.device) -> None:
+    with rig(device, 4096, 300 << 20) as machine:
+        lanes = {way: machine.lane(way, "staged", 8) for way in (STORE, LOAD)}
+        half = machine.num_blocks // 2
+        before = machine.kv_caches["layer.0"].clone()
+        machine.pool.bytes[half:] = 0xEE
+        for _ in range(3):
+            machine.start_both(lanes)
+        torch.cuda.synchronize()
+        ids = torch.from_numpy(machine.block_ids).to(device)
+        assert torch.equal(machine.pool.bytes[:half, :4096], before[ids[:half]].cpu())
+        assert machine.kv_caches["layer.0"][ids[half:]].eq(0xEE).all()
+
+
+@only_cuda
 def test_close_lets_copies_end(device: torch.device, open_engine: Open) -> None:
     kv = torch.zeros(32, 4096, dtype=torch.uint8, device=device)
     engine = open_engine({"a": kv}, num_slots=32)
@@ -277,7 +344,7 @@ def test_a_launch_that_fails_is_a_transfer_error(
         raise MemoryError("no room for the kernel")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvortex.cuda_copy_engine.paged_copy", broken)
+        patch.setattr("kvortex.paged_kernel.PagedKernel.launch", broken)
         with pytest.raises(TransferError, match="store could not be launched: no room"):
             engine.copy(STORE, ids(1), ids(1))
         assert engine.copy(LOAD, ids(5000, 2), ids(3, 4)).wait()
@@ -287,9 +354,51 @@ def test_a_launch_that_fails_is_a_transfer_error(
 
 
 @only_cuda
-def test_id_pages_are_used_again(device: torch.device, open_engine: Open) -> None:
+def test_nothing_is_made_for_each_copy(device: torch.device, open_engine: Open) -> None:
     engine = open_engine({"a": dense((4, 24), torch.int8, device)})
-    for _ in range(50):
+    assert isinstance(engine, CudaCopyEngine)
+    for _ in range(500):
         assert engine.copy(STORE, ids(1), ids(1)).wait()
-    assert engine.__class__.__name__ == "CudaCopyEngine"
-    assert len(vars(engine)["_id_pages"]._free) <= 2
+    assert len(engine._events._free) <= 12
+    assert len(engine._lanes[STORE]._ids._lent) <= MANY + 1
+
+
+@pytest.mark.parametrize("cycles", [500, pytest.param(100_000, marks=[pytest.mark.gpu, NO_CUDA])])
+def test_cycles_leave_everything_where_it_was(
+    cycles: int, device: torch.device, open_engine: Open
+) -> None:
+    """Memory, events, streams and files: a few hundred cycles show it, many prove it."""
+    if (device.type == "cuda") != (cycles > 500):
+        pytest.skip("the other device's number of cycles")
+    engine = open_engine({"a": dense((64, 24), torch.int8, device)}, num_slots=64)
+    few, many = np.arange(2), np.arange(64)
+
+    def cycle(count: int) -> None:
+        for i in range(count):
+            which = many if i % 16 == 0 else few
+            stored = engine.copy(STORE, which, which)
+            engine.fence(engine.copy(LOAD, which, which))
+            assert stored.wait()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    cycle(100)
+    before = resources(device)
+    cycle(cycles)
+    after = resources(device)
+    assert all(after[name] <= before[name] for name in before), (before, after)
+
+
+def resources(device: torch.device) -> dict[str, int]:
+    gc.collect()
+    status = Path("/proc/self/status").read_text()
+    (resident,) = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")]
+    found = {
+        "files": len(list(Path("/proc/self/fd").iterdir())),
+        "threads": threading.active_count(),
+        "16 MiB of host memory": -(-int(resident) // (16 << 10)),
+    }
+    if device.type == "cuda":
+        found["GPU memory"] = torch.cuda.mem_get_info()[0] * -1
+        found["torch's GPU memory"] = torch.cuda.memory_allocated()
+    return found

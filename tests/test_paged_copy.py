@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 
 from geometries import GEOMETRIES, Geometry, Tensors, dense, memory_of, naive_copy, noise, strided
 
-from kvortex.cuda_copy_engine import LaunchShape
 from kvortex.layout import Layout, make_layout
-from kvortex.triton_kernels.paged_copy import paged_copy
+from kvortex.paged_kernel import TILE_BYTES, tiling_of
+from kvortex.triton_kernels.paged_copy import Tiling, paged_copy
 from kvortex.triton_kernels.reference import paged_copy_reference
 
 NUM_SLOTS = 5
@@ -34,7 +34,8 @@ class Setup:
     tensors: Tensors
     layout: Layout
     whole_host: torch.Tensor
-    shape: LaunchShape
+    tiling: Tiling
+    programs: int
 
     @property
     def host(self) -> torch.Tensor:
@@ -53,12 +54,9 @@ class Setup:
             ids.pin_memory() if device.type == "cuda" else ids,
             self.host,
             len(moves),
-            self.shape.chunks_per_run,
+            self.tiling,
             store=store,
-            word=self.shape.word,
-            chunk_words=self.shape.chunk_words,
-            programs=self.shape.programs,
-            num_warps=self.shape.num_warps,
+            programs=self.programs,
         )
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -76,24 +74,24 @@ class Setup:
         naive_copy(self.tensors, self.layout.num_blocks, moves, self.host, store=store)
 
 
-def setup(geometry: Geometry, device: torch.device, chunk_words: int | None = None) -> Setup:
+def setup(geometry: Geometry, device: torch.device, tile: tuple[int, int] | None = None) -> Setup:
+    """`tile` is (chunk_words, rows); by default as in service."""
     tensors = geometry.make(device)
     layout = make_layout(tensors, geometry.num_blocks)
     host = noise(NUM_SLOTS * layout.slot_bytes + 2 * GUARD, torch.device("cpu"), seed=77)
     runs = layout.run_table()
-    shape = LaunchShape.of(runs, layout.slot_bytes)
-    if chunk_words is not None:
-        chunks = -(-int(runs[:, 3].max()) // (chunk_words * shape.word))
-        shape = replace(
-            shape, chunk_words=chunk_words, chunks_per_run=chunks, programs=3, num_warps=1
-        )
+    tiling = tiling_of(runs, layout.slot_bytes)
+    if tile is not None:
+        words, rows = tile
+        chunks = -(-int(runs[:, 3].max()) // (words * tiling.word))
+        tiling = replace(tiling, chunk_words=words, chunks_per_run=chunks, rows=rows, num_warps=1)
     host = host.pin_memory() if device.type == "cuda" else host
-    return Setup(tensors, layout, host, shape)
+    return Setup(tensors, layout, host, tiling, programs=8 if tile is None else 3)
 
 
-def assert_same(geometry: Geometry, place: torch.device, chunk_words: int | None) -> None:
+def assert_same(geometry: Geometry, place: torch.device, tile: tuple[int, int] | None) -> None:
     """Kernel, reference and loops leave the same bytes everywhere, both ways."""
-    kernel, reference, loops = (setup(geometry, place, chunk_words) for _ in range(3))
+    kernel, reference, loops = (setup(geometry, place, tile) for _ in range(3))
     last = kernel.layout.num_blocks - 1
     there = [(last, 3), (0, 1), (last // 2, 4)]
     back = [(0, 0)] if last == 0 else [(0, 3), (last, 0)]
@@ -118,10 +116,12 @@ def test_launched_as_in_service(geometry: Geometry, place: torch.device) -> None
 FEW_RUNS = [g for g in GEOMETRIES if g.name in ("HND", "MLA", "kernel blocks", "unequal layers")]
 
 
-@pytest.mark.parametrize("chunk_words", [4, 16, 64])
+@pytest.mark.parametrize("tile", [(4, 1), (16, 1), (64, 1), (4, 8), (16, 2)])
 @pytest.mark.parametrize("geometry", FEW_RUNS, ids=lambda geometry: geometry.name)
-def test_runs_of_several_chunks(geometry: Geometry, place: torch.device, chunk_words: int) -> None:
-    assert_same(geometry, place, chunk_words)
+def test_runs_of_several_chunks(
+    geometry: Geometry, place: torch.device, tile: tuple[int, int]
+) -> None:
+    assert_same(geometry, place, tile)
 
 
 @pytest.mark.parametrize("page_bytes", [4096 * 8, 4096 * 8 + 8, 4096 * 8 - 8, 3 * 4096 * 8 + 4])
@@ -147,26 +147,51 @@ def test_word_divides_every_number(name: str, place: torch.device) -> None:
     geometry = Geometry(
         name, lambda device: {"a": strided(shape, strides, torch.int8, device, offset=offset)}
     )
-    assert setup(geometry, place).shape.word == word
+    assert setup(geometry, place).tiling.word == word
     assert_same(geometry, place, None)
 
 
 def test_slots_that_are_no_multiple_of_a_word(place: torch.device) -> None:
     runs = make_layout({"a": dense((3, 16), torch.float32, place)}).run_table()
-    assert LaunchShape.of(runs, 72).word == 8
-    assert LaunchShape.of(runs, 68).word == 4
-    assert LaunchShape.of(runs, 67).word == 1
+    assert tiling_of(runs, 72).word == 8
+    assert tiling_of(runs, 68).word == 4
+    assert tiling_of(runs, 67).word == 1
 
 
 @pytest.mark.parametrize("page_bytes", [1, 2, 3, 8, 16, 24, 4096, 32768, 32776, 100_000])
-def test_launch_shape_covers_the_longest_run(page_bytes: int) -> None:
+def test_tiles_cover_the_longest_run(page_bytes: int) -> None:
     layout = make_layout({"a": dense((2, page_bytes), torch.int8, torch.device("cpu"))})
-    shape = LaunchShape.of(layout.run_table(), layout.slot_bytes)
-    chunk_bytes = shape.chunk_words * shape.word
-    assert (shape.chunks_per_run - 1) * chunk_bytes < page_bytes
-    assert shape.chunks_per_run * chunk_bytes >= page_bytes
-    assert shape.chunk_words & (shape.chunk_words - 1) == 0
-    assert 1 <= shape.num_warps <= 16
+    tiling = tiling_of(layout.run_table(), layout.slot_bytes)
+    chunk_bytes = tiling.chunk_words * tiling.word
+    assert (tiling.chunks_per_run - 1) * chunk_bytes < page_bytes
+    assert tiling.chunks_per_run * chunk_bytes >= page_bytes
+    assert tiling.chunk_words & (tiling.chunk_words - 1) == 0
+    assert tiling.chunk_words * tiling.rows * 8 == TILE_BYTES
+    assert 1 <= tiling.num_warps <= 16
+
+
+def test_dense_copies_ignore_the_slots(place: torch.device) -> None:
+    """As between KV tensors and a staging buffer."""
+    kernel, loops = setup(HND, place), setup(HND, place)
+    ids = torch.tensor([[4, 99], [0, -1], [2, 1 << 40]])
+    for store in (True, False):
+        paged_copy(
+            kernel.layout.run_table().to(place),
+            ids.pin_memory() if place.type == "cuda" else ids,
+            kernel.host,
+            3,
+            kernel.tiling,
+            store=store,
+            programs=2,
+            dense=True,
+        )
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+        loops.with_loops([(4, 0), (0, 1), (2, 2)], store=store)
+        for ours, theirs in zip(kernel.everything(), loops.everything(), strict=True):
+            assert torch.equal(ours, theirs)
+        kernel.host.add_(1)
+        loops.host.add_(1)
 
 
 HND = next(g for g in GEOMETRIES if g.name == "HND")
@@ -206,12 +231,9 @@ def test_only_the_first_ids_count(place: torch.device) -> None:
         ids.pin_memory() if place.type == "cuda" else ids,
         kernel.host,
         1,
-        kernel.shape.chunks_per_run,
+        kernel.tiling,
         store=True,
-        word=kernel.shape.word,
-        chunk_words=kernel.shape.chunk_words,
-        programs=kernel.shape.programs,
-        num_warps=kernel.shape.num_warps,
+        programs=kernel.programs,
     )
     if place.type == "cuda":
         torch.cuda.synchronize()

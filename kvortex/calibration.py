@@ -1,0 +1,154 @@
+"""Calibration: which mover serves a copy on this machine, as measured by `kvortex tune`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvortex.core import Direction
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+ZERO_COPY, STAGED, DMA = "zero-copy", "staged", "dma"
+LARGE_PAGE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """For one direction and page size: the mover of small copies, of large ones, and from where.
+
+    `busy_from_bytes` is the border while the other direction moves, too.
+    """
+
+    small: str
+    large: str
+    from_bytes: int
+    busy_from_bytes: int
+    programs: int
+    """Grid of the zero-copy kernel."""
+
+    def mover(self, nbytes: int, busy: bool) -> str:
+        """Name of the mover for a copy of so many bytes."""
+        return (
+            self.large
+            if nbytes >= (self.busy_from_bytes if busy else self.from_bytes)
+            else self.small
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Choices by page size in bytes, and where they come from."""
+
+    choices: dict[int, dict[Direction, Choice]]
+    origin: str
+
+    def for_page(self, page_bytes: int) -> dict[Direction, Choice]:
+        """The choices measured for the page size that is nearest, by ratio."""
+        nearest = min(self.choices, key=lambda size: abs(math.log(size / page_bytes)))
+        return self.choices[nearest]
+
+
+def defaults() -> Calibration:
+    """Safe on any machine, good on an H200 over PCIe 5 (bench/bench_transfer.py)."""
+    choices = {}
+    for page in (4 << 10, 2 << 20):
+        large = DMA if page >= LARGE_PAGE_BYTES else STAGED
+        choices[page] = {
+            Direction.STORE: Choice(ZERO_COPY, large, 4 << 20, 4 << 20, 8),
+            Direction.LOAD: Choice(ZERO_COPY, large, 32 << 20, 8 << 20, 8),
+        }
+    return Calibration(choices, "defaults; `kvortex tune` measures this machine")
+
+
+def load_calibration(device: torch.device) -> Calibration:
+    """What was measured for this GPU, link and driver, else the defaults. Never raises."""
+    path = calibration_file()
+    try:
+        stored = json.loads(path.read_text())
+        if stored["format"] == FORMAT and machine_key(device) in stored["machines"]:
+            pages = stored["machines"][machine_key(device)]
+            choices = {int(page): _choices(pages[page]) for page in pages}
+            if choices:
+                return Calibration(choices, str(path))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s is ignored: %r", path, error)
+    return defaults()
+
+
+def save_calibration(device: torch.device, calibration: Calibration) -> Path:
+    """Add or replace this machine's choices in the user's cache folder; returns the file."""
+    path = calibration_file()
+    machines: dict[str, Any] = {}
+    try:
+        stored = json.loads(path.read_text())
+        if stored["format"] == FORMAT:
+            machines = dict(stored["machines"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # there is none, or none that can be read
+    machines[machine_key(device)] = {
+        str(page): {direction.value: asdict(choice) for direction, choice in choices.items()}
+        for page, choices in calibration.choices.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps({"format": FORMAT, "machines": machines}, indent=1))
+    draft.replace(path)
+    return path
+
+
+def calibration_file() -> Path:
+    """Where calibrations are kept; XDG_CACHE_HOME is respected."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "kvortex" / "tune.json"
+
+
+def machine_key(device: torch.device) -> str:
+    """Name of the GPU, its link and its driver."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} | {pcie_link(device)} | driver {_driver_version()}"
+
+
+def pcie_link(device: torch.device) -> str:
+    """Speed and width of the GPU's PCIe link at its best, as the kernel names them."""
+    import torch
+
+    found: Any = torch.cuda.get_device_properties(device)
+    try:
+        address = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+        folder = Path("/sys/bus/pci/devices") / address
+        speed = (folder / "max_link_speed").read_text().strip()
+        width = (folder / "max_link_width").read_text().strip()
+    except (OSError, AttributeError):
+        return "unknown link"
+    return f"{speed} x{width}"
+
+
+def _driver_version() -> str:
+    try:
+        line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return "unknown"
+    return next((word for word in line.split() if word[0].isdigit() and "." in word), "unknown")
+
+
+def _choices(stored: dict[str, Any]) -> dict[Direction, Choice]:
+    known = {ZERO_COPY, STAGED, DMA}
+    choices = {direction: Choice(**stored[direction.value]) for direction in Direction}
+    for choice in choices.values():
+        if not {choice.small, choice.large} <= known or not 1 <= choice.programs <= 1024:
+            raise ValueError(f"unknown choice {choice}")
+    return choices

@@ -1,0 +1,104 @@
+"""Lane: puts the copies of one direction on CUDA streams; what one thread needs for that."""
+
+from __future__ import annotations
+
+import contextlib
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvortex.calibration import ZERO_COPY
+from kvortex.cuda_driver import cuda_driver
+from kvortex.cuda_ticket import CudaTicket
+from kvortex.movers import ZeroCopyMover
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from kvortex.core import BlockIds, Direction
+    from kvortex.cuda_driver import Handle
+    from kvortex.cuda_ticket import EventPool
+    from kvortex.id_ring import IdRing
+    from kvortex.movers import Mover
+
+
+class Lane:
+    """Streams taken in turn, the movers that fill them, and the ids that those read.
+
+    Args:
+        direction: of every copy.
+        streams: of CUDA.
+        movers: by name.
+        ids: of these movers.
+        events: shared by all lanes.
+        most_blocks: that a mover takes at once.
+    """
+
+    def __init__(
+        self,
+        direction: Direction,
+        streams: Sequence[Handle],
+        movers: Mapping[str, Mover],
+        ids: IdRing,
+        events: EventPool,
+        most_blocks: int,
+    ) -> None:
+        self.direction = direction
+        self.movers = movers
+        self._streams = cycle(streams)
+        self._ids = ids
+        self._events = events
+        self._most_blocks = most_blocks
+        self._driver = cuda_driver()
+
+    def submit(
+        self, mover: str, block_ids: BlockIds, slots: BlockIds, before: Handle
+    ) -> CudaTicket:
+        """Start a copy once the event `before` is reached.
+
+        Raises:
+            TransferError: it was not launched, and nothing of it is under way any more.
+        """
+        stream, most = next(self._streams), self._most_blocks
+        with _all_or_nothing():
+            self._driver.wait(stream, before)
+            for start in range(0, len(block_ids) or 1, most):
+                end = start + most
+                self.movers[mover].submit(block_ids[start:end], slots[start:end], stream)
+                ticket = CudaTicket(self._events, stream)
+                self._ids.lend(ticket)
+        return ticket
+
+    def submit_runs(
+        self, block_ids: BlockIds, slots: BlockIds, before: Handle, parts: Sequence[range]
+    ) -> list[CudaTicket]:
+        """As `submit` by zero-copy, one part of the run table after the other, each its ticket.
+
+        Raises:
+            TransferError: nothing of it is under way any more.
+        """
+        if len(block_ids) > self._most_blocks:
+            return [self.submit(ZERO_COPY, block_ids, slots, before)] * len(parts)
+        stream, mover = next(self._streams), self.movers[ZERO_COPY]
+        assert isinstance(mover, ZeroCopyMover)
+        tickets = []
+        with _all_or_nothing():
+            self._driver.wait(stream, before)
+            rows = self._ids.write(block_ids, slots)
+            for runs in parts:
+                mover.launch(rows, len(block_ids), stream, runs)
+                tickets.append(CudaTicket(self._events, stream))
+            self._ids.lend(tickets[-1])
+        return tickets
+
+
+@contextlib.contextmanager
+def _all_or_nothing() -> Iterator[None]:
+    """What did start ends before anyone hears of the failure and gives its slots away."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+        raise

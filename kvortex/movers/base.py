@@ -1,0 +1,27 @@
+"""Mover: what the copy engine asks of each way to carry blocks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvortex.core import BlockIds
+    from kvortex.cuda_driver import Handle
+
+
+class Mover(ABC):
+    """Puts copies of one direction on a stream and returns at once; called by one thread only."""
+
+    @abstractmethod
+    def submit(self, block_ids: BlockIds, slots: BlockIds, stream: Handle) -> None:
+        """Copy blocks after the stream's work so far; what it is given next comes after them.
+
+        Args:
+            block_ids: int64 (n,).
+            slots: int64 (n,), the slot of each block.
+            stream: of CUDA.
+
+        Raises:
+            TransferError: some of it could not be launched.
+        """

@@ -1,0 +1,58 @@
+"""DmaMover: one descriptor of the copy engine for each contiguous stretch, all in one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvortex.core import Direction
+from kvortex.cuda_driver import cuda_driver
+from kvortex.movers.base import Mover
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvortex.core import BlockIds
+    from kvortex.cuda_driver import Addresses, Handle
+
+
+class DmaMover(Mover):
+    """Takes no program of the GPU; good for runs of megabytes, poor below 64 KiB.
+
+    Args:
+        direction: of every copy.
+        runs: int64 (num_runs, 4) on the CPU, see `Layout.run_table`.
+        slots: address of slot 0.
+        slot_bytes: from one slot to the next.
+    """
+
+    def __init__(
+        self, direction: Direction, runs: torch.Tensor, slots: int, slot_bytes: int
+    ) -> None:
+        self._store = direction is Direction.STORE
+        self._base, self._stride, self._offset, self._size = runs.numpy().T.astype(np.uint64)
+        self._slots = np.uint64(slots)
+        self._slot_bytes = np.uint64(slot_bytes)
+        self._driver = cuda_driver()
+
+    def submit(self, block_ids: BlockIds, slots: BlockIds, stream: Handle) -> None:
+        ids, places = block_ids.astype(np.uint64)[:, None], slots.astype(np.uint64)[:, None]
+        gpu = (self._base + ids * self._stride).ravel()
+        host = (self._slots + places * self._slot_bytes + self._offset).ravel()
+        gpu, host, sizes = merged(gpu, host, np.tile(self._size, len(block_ids)))
+        if self._store:
+            self._driver.copy_batch(host, gpu, sizes, stream)
+        else:
+            self._driver.copy_batch(gpu, host, sizes, stream)
+
+
+def merged(
+    one: Addresses, other: Addresses, sizes: Addresses
+) -> tuple[Addresses, Addresses, Addresses]:
+    """Join neighbours that follow each other on both sides; all three are uint64 (n,)."""
+    if len(sizes) < 2:
+        return one, other, sizes
+    follows = (one[:-1] + sizes[:-1] == one[1:]) & (other[:-1] + sizes[:-1] == other[1:])
+    starts = np.concatenate(([0], np.flatnonzero(~follows) + 1))
+    return one[starts], other[starts], np.add.reduceat(sizes, starts)

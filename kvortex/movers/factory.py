@@ -1,0 +1,87 @@
+"""Opens the movers of one direction over a layout and a pool."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvortex.calibration import DMA, STAGED, ZERO_COPY
+from kvortex.movers.dma import DmaMover
+from kvortex.movers.staged import StagedMover
+from kvortex.movers.zero_copy import ZeroCopyMover
+from kvortex.paged_kernel import PagedKernel, tiling_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from kvortex.core import Direction
+    from kvortex.cuda_ticket import EventPool
+    from kvortex.host_pool import HostPool
+    from kvortex.id_ring import IdRing
+    from kvortex.layout import Layout
+    from kvortex.movers.base import Mover
+
+logger = logging.getLogger(__name__)
+
+BUFFERS = 2
+BUFFER_BYTES = 64 << 20
+"""On an H200 half of it costs 3 % of the link's speed both ways at once, a quarter 15 %."""
+STAGED_PROGRAMS = 16
+"""Half of it no longer hides the kernel at pages of 4 KiB; twice as many cost a memory-bound kernel
+1.4 % instead of 0.7 % (bench/bench_transfer.py)."""
+
+
+def open_movers(
+    layout: Layout,
+    pool: HostPool,
+    direction: Direction,
+    names: Collection[str],
+    programs: int,
+    ids: IdRing,
+    events: EventPool,
+) -> dict[str, Mover]:
+    """The movers of these names; without the staged one if its buffers find no room on the GPU.
+
+    Args:
+        layout: of KV tensors on the GPU.
+        pool: pinned.
+        direction: of every copy.
+        names: some of those in `kvortex.calibration`.
+        programs: grid of the zero-copy kernel.
+        ids: where kernels shall find their ids.
+        events: where movers get theirs.
+    """
+    runs, slots = layout.run_table(), pool.bytes.data_ptr()
+    on_gpu = runs.to(layout.device)
+    tiling = tiling_of(runs, pool.slot_bytes)
+    movers: dict[str, Mover] = {}
+    if ZERO_COPY in names:
+        kernel = PagedKernel(on_gpu, pool.bytes, tiling, direction, ids.rows)
+        movers[ZERO_COPY] = ZeroCopyMover(kernel, programs, slots, ids)
+    if DMA in names:
+        movers[DMA] = DmaMover(direction, runs, slots, pool.slot_bytes)
+    if STAGED in names and (buffers := _buffers(layout, pool)) is not None:
+        kernel = PagedKernel(on_gpu, buffers[0], tiling, direction, ids.rows, dense=True)
+        movers[STAGED] = StagedMover(
+            kernel, direction, buffers, STAGED_PROGRAMS, slots, ids, events
+        )
+    return movers
+
+
+def _buffers(layout: Layout, pool: HostPool) -> torch.Tensor | None:
+    blocks = min(pool.num_slots, max(1, BUFFER_BYTES // pool.slot_bytes))
+    try:
+        return torch.zeros(
+            (BUFFERS, blocks, pool.slot_bytes), dtype=torch.uint8, device=layout.device
+        )
+    except torch.OutOfMemoryError:
+        size = BUFFERS * blocks * pool.slot_bytes >> 20
+        logger.warning(
+            "No %d MiB are left on %s for staging; large copies will be slower. "
+            "Lower gpu_memory_utilization to have them.",
+            size,
+            layout.device,
+        )
+        return None

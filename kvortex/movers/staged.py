@@ -1,0 +1,149 @@
+"""StagedMover: a kernel packs blocks on the GPU, and large DMA copies take them over the link."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kvortex.core import Direction
+from kvortex.cuda_driver import cuda_driver
+from kvortex.id_ring import ROW_BYTES
+from kvortex.movers.base import Mover
+
+if TYPE_CHECKING:
+    from kvortex.core import BlockIds
+    from kvortex.cuda_driver import Handle
+    from kvortex.cuda_ticket import EventPool
+    from kvortex.id_ring import IdRing
+    from kvortex.paged_kernel import PagedKernel
+
+LEAST_CHUNK_BYTES = 2 << 20
+
+
+class StagedMover(Mover):
+    """Reaches the link's full speed, also both ways at once, for pages of any size.
+
+    A copy is cut into chunks. Every chunk passes through one of a few buffers on the GPU, each of
+    which has a stream of its own: there the kernel and the DMA copy follow each other, and while
+    one buffer's DMA copy holds the link the other buffers' kernels run. The host waits for nothing.
+
+    Args:
+        kernel: dense, between the KV tensors and `buffers`.
+        direction: of the kernel.
+        buffers: uint8 (two or more, blocks, slot_bytes) on the GPU.
+        programs: size of the grid.
+        slots: address of slot 0.
+        ids: where the kernel finds the first chunk's ids; for the others they are copied to the
+            GPU, because over a link that is full they would arrive too late.
+        events: where its own come from.
+    """
+
+    def __init__(
+        self,
+        kernel: PagedKernel,
+        direction: Direction,
+        buffers: torch.Tensor,
+        programs: int,
+        slots: int,
+        ids: IdRing,
+        events: EventPool,
+    ) -> None:
+        self._kernel = kernel
+        self._store = direction is Direction.STORE
+        self._buffers = buffers
+        self._programs = programs
+        self._slots = slots
+        _, self._most_blocks, self._slot_bytes = buffers.shape
+        self._least_blocks = max(1, LEAST_CHUNK_BYTES // self._slot_bytes)
+        self._ids = ids
+        self._near_ids = ids.rows.to(buffers.device)
+        self._driver = cuda_driver()
+        priority = 0 if self._store else -1
+        self._streams = [torch.cuda.Stream(buffers.device, priority) for _ in buffers]
+        self._ways = [
+            (buffer.data_ptr(), stream.cuda_stream, events.take())
+            for buffer, stream in zip(buffers, self._streams, strict=True)
+        ]
+        self._ready = events.take()
+
+    def submit(self, block_ids: BlockIds, slots: BlockIds, stream: Handle) -> None:
+        if not len(slots):
+            return
+        block_ids, slots = in_order_of_slots(block_ids, slots)
+        rows = self._ids.write(block_ids, slots)
+        self._driver.record(self._ready, stream)
+        breaks = np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1
+        start = turn = 0
+        while start < len(slots):
+            end = start + self._chunk_blocks(start, len(slots) - start)
+            buffer, way, _ = self._ways[turn % len(self._ways)]
+            if turn == 1:
+                rows = self._send_ids(rows, len(slots), stream)
+            if turn <= len(self._ways):
+                self._driver.wait(way, self._ready)
+            if self._store:
+                self._launch(rows + start * ROW_BYTES, buffer, end - start, way)
+            self._copy(buffer, slots, start, end, breaks, way)
+            if not self._store:
+                self._launch(rows + start * ROW_BYTES, buffer, end - start, way)
+            start, turn = end, turn + 1
+        for _, way, event in self._ways[:turn]:
+            self._driver.record(event, way)
+            self._driver.wait(stream, event)
+
+    def _send_ids(self, rows: int, count: int, stream: Handle) -> int:
+        """Copy ids to the GPU, after the first chunk: it need not wait for that.
+
+        Returns their address there, good once the event `_ready` is reached.
+        """
+        near = self._near_ids.data_ptr() + rows - self._ids.address
+        self._driver.copy(near, rows, count * ROW_BYTES, stream)
+        self._driver.record(self._ready, stream)
+        return near
+
+    def _chunk_blocks(self, done: int, left: int) -> int:
+        """Small at both ends, where nothing hides the kernel's work, a buffer full in between."""
+        size = max(self._least_blocks, min(done + self._least_blocks, left // 2))
+        return min(size, left, self._most_blocks)
+
+    def _launch(self, rows: int, buffer: int, count: int, stream: Handle) -> None:
+        self._kernel.launch(rows, buffer, count, self._programs, stream)
+
+    def _copy(
+        self,
+        buffer: int,
+        slots: BlockIds,
+        start: int,
+        end: int,
+        breaks: BlockIds,
+        stream: Handle,
+    ) -> None:
+        """Between a buffer and `slots[start:end]`, one DMA copy for each stretch of neighbours.
+
+        `breaks` are the places in `slots` at which one does not follow the one before.
+        """
+        nbytes = self._slot_bytes
+        first, last = np.searchsorted(breaks, (start + 1, end)) if len(breaks) else (0, 0)
+        if first == last:
+            host = self._slots + int(slots[start]) * nbytes
+            there, here = (host, buffer) if self._store else (buffer, host)
+            self._driver.copy(there, here, (end - start) * nbytes, stream)
+            return
+        edges = np.concatenate(((start,), breaks[first:last], (end,)))
+        hosts = (self._slots + slots[edges[:-1]] * nbytes).astype(np.uint64)
+        packed = (buffer + (edges[:-1] - start) * nbytes).astype(np.uint64)
+        sizes = ((edges[1:] - edges[:-1]) * nbytes).astype(np.uint64)
+        if self._store:
+            self._driver.copy_batch(hosts, packed, sizes, stream)
+        else:
+            self._driver.copy_batch(packed, hosts, sizes, stream)
+
+
+def in_order_of_slots(block_ids: BlockIds, slots: BlockIds) -> tuple[BlockIds, BlockIds]:
+    """Neighbouring slots side by side, so that one DMA copy serves them."""
+    if (slots[1:] > slots[:-1]).all():
+        return block_ids, slots
+    order = np.argsort(slots, kind="stable")
+    return block_ids[order], slots[order]

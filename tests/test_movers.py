@@ -1,0 +1,91 @@
+"""The parts of movers that need no GPU: which stretches a DMA copy takes, and where ids lie."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvortex.id_ring import MANY, IdRing
+from kvortex.movers.dma import merged
+from kvortex.movers.staged import in_order_of_slots
+
+
+class Copy:
+    """A copy that ends when the test says so, or when somebody waits for it."""
+
+    def __init__(self, done: bool = False) -> None:
+        self.done = done
+        self.waited = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.done = self.waited = True
+        return True
+
+
+def ids(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.int64)
+
+
+@given(
+    pieces=st.lists(
+        st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(1, 5)), max_size=30
+    )
+)
+def test_merged_pieces_name_the_same_bytes_in_the_same_order(
+    pieces: list[tuple[int, int, int]],
+) -> None:
+    one, other, sizes = np.array(pieces, np.uint64).reshape(-1, 3).T
+
+    def pairs(a: np.ndarray, b: np.ndarray, n: np.ndarray) -> list[tuple[int, int]]:
+        rows = zip(a.tolist(), b.tolist(), n.tolist(), strict=True)
+        return [(x + i, y + i) for x, y, size in rows for i in range(size)]
+
+    joined = merged(one, other, sizes)
+    assert pairs(*joined) == pairs(one, other, sizes)
+    a, b, n = joined
+    assert not np.any((a[:-1] + n[:-1] == a[1:]) & (b[:-1] + n[:-1] == b[1:]))
+
+
+def test_slots_come_in_order_with_their_blocks() -> None:
+    blocks, slots = in_order_of_slots(ids(7, 8, 9), ids(5, 1, 3))
+    assert slots.tolist() == [1, 3, 5]
+    assert blocks.tolist() == [8, 9, 7]
+
+
+def test_a_slot_for_two_blocks_stays_with_both() -> None:
+    blocks, slots = in_order_of_slots(ids(7, 8, 9), ids(5, 5, 3))
+    assert slots.tolist() == [3, 5, 5]
+    assert blocks.tolist() == [9, 7, 8]
+
+
+def test_ids_are_written_side_by_side() -> None:
+    ring = IdRing(64)
+    assert ring.write(ids(1, 2), ids(3, 4)) == ring.address
+    assert ring.write(np.arange(20), np.arange(20, 40)) == ring.address + 2 * 16
+    assert ring.rows[:3].tolist() == [[1, 3], [2, 4], [0, 20]]
+    assert ring.rows[21].tolist() == [19, 39]
+
+
+def test_rows_are_written_again_only_after_their_readers_ended() -> None:
+    ring = IdRing(4)
+    slow, other = Copy(), Copy()
+    ring.write(ids(1, 2), ids(1, 2))
+    ring.lend(slow)
+    ring.write(ids(3), ids(3))
+    ring.lend(other)
+    assert not slow.waited
+    assert ring.write(ids(4, 5), ids(4, 5)) == ring.address
+    assert slow.waited
+    assert not other.waited
+    ring.lend(Copy())
+    ring.write(ids(6), ids(6))
+    assert other.waited
+
+
+def test_ended_readers_are_forgotten() -> None:
+    ring = IdRing(1 << 16)
+    for _ in range(10 * MANY):
+        ring.write(ids(1), ids(1))
+        ring.lend(Copy(done=True))
+        assert len(ring._lent) <= MANY + 1
