@@ -240,11 +240,26 @@ def as_calibrated(report: Report, memcpy: dict[str, float], machine_: Rig, page:
 
     speed = machine_.nbytes / median(both)
     report.add("bandwidth", CHOSEN, "both", page, speed / 1e9, "GB/s", speed / memcpy["both"])
-    lane = engine._lanes[LOAD]
-    whole = until_done(lambda: lane.submit(ZERO_COPY, ids, slots, engine._before()))
+    whole = until_done(partial(engine.copy, LOAD, ids, slots))
     layers = until_done(lambda: engine.load_layers(ids, slots)[-1])
     report.add("layers against whole", CHOSEN, "load", page, whole / layers, "ratio")
+    check_bytes(machine_, engine)
     engine.close()
+
+
+def check_bytes(machine_: Rig, engine: CudaCopyEngine) -> None:
+    """Nothing is reported that did not move the right bytes."""
+    ids, slots = machine_.block_ids, machine_.slots
+    before = {name: kv.clone() for name, kv in machine_.kv_caches.items()}
+    machine_.pool.bytes.fill_(0xEE)
+    engine.copy(STORE, ids, slots).wait()
+    for page in machine_.layout.pages:
+        part = slice(page.slot_offset, page.slot_offset + page.nbytes)
+        assert torch.equal(machine_.pool.bytes[slots, part], before[page.name][ids].cpu())
+    for kv in machine_.kv_caches.values():
+        kv.fill_(0xDD)
+    engine.copy(LOAD, ids, slots).wait()
+    assert all(torch.equal(kv, before[name]) for name, kv in machine_.kv_caches.items())
 
 
 def host_costs(report: Report, device: torch.device) -> None:
@@ -296,7 +311,7 @@ def timed_calls(work: Callable[[], object], rounds: int) -> float:
 
 def latency(report: Report, memcpy: Memcpy, device: torch.device) -> None:
     """One block of 2 MiB, from submission to done, against one memcpy of as many bytes."""
-    with rig(device, 64 << 10, 256 << 20) as machine_:
+    with rig(device, 32 << 10, 256 << 20, layers=64) as machine_:
         engine = CudaCopyEngine(machine_.layout, machine_.pool, 4)
         one, size = machine_.block_ids[:1], machine_.pool.slot_bytes
         for way in Direction:

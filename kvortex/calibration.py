@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 ZERO_COPY, STAGED, DMA = "zero-copy", "staged", "dma"
 LARGE_PAGE_BYTES = 1 << 20
+LARGEST_PAGE_BYTES = 1 << 40
+MOST_PROGRAMS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,46 +74,48 @@ def defaults() -> Calibration:
 
 def load_calibration(device: torch.device) -> Calibration:
     """What was measured for this GPU, link and driver, else the defaults. Never raises."""
-    path = calibration_file()
     try:
-        stored = json.loads(path.read_text())
-        if stored["format"] == FORMAT and machine_key(device) in stored["machines"]:
-            pages = stored["machines"][machine_key(device)]
-            choices = {int(page): _choices(pages[page]) for page in pages}
-            if choices:
-                return Calibration(choices, str(path))
+        path = calibration_file()
+        pages = json.loads(path.read_text()).get(machine_key(device), {})
+        choices = {_page(page): _choices(pages[page]) for page in pages}
     except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s is ignored: %r", path, error)
-    return defaults()
+        return defaults()
+    except Exception as error:  # noqa: BLE001  (a file that anybody may have written)
+        logger.warning("The result of `kvortex tune` is ignored: %r", error)
+        return defaults()
+    return Calibration(choices, str(path)) if choices else defaults()
 
 
 def save_calibration(device: torch.device, calibration: Calibration) -> Path:
-    """Add or replace this machine's choices in the user's cache folder; returns the file."""
+    """Add or replace this machine's choices in the user's cache folder; returns the file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = calibration_file()
-    machines: dict[str, Any] = {}
     try:
-        stored = json.loads(path.read_text())
-        if stored["format"] == FORMAT:
-            machines = dict(stored["machines"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # there is none, or none that can be read
+        machines: dict[str, Any] = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        machines = {}  # there is none, or none that can be read
     machines[machine_key(device)] = {
         str(page): {direction.value: asdict(choice) for direction, choice in choices.items()}
         for page, choices in calibration.choices.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps({"format": FORMAT, "machines": machines}, indent=1))
+    draft.write_text(json.dumps(machines, indent=1))
     draft.replace(path)
     return path
 
 
 def calibration_file() -> Path:
-    """Where calibrations are kept; XDG_CACHE_HOME is respected."""
+    """Where calibrations of this format are kept; XDG_CACHE_HOME is respected.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "kvortex" / "tune.json"
+    return Path(cache) / "kvortex" / f"tune-{FORMAT}.json"
 
 
 def machine_key(device: torch.device) -> str:
@@ -123,18 +127,19 @@ def machine_key(device: torch.device) -> str:
 
 
 def pcie_link(device: torch.device) -> str:
-    """Speed and width of the GPU's PCIe link at its best, as the kernel names them."""
+    """Speed and width of the GPU's PCIe link at its best, as Linux names them for both its ends."""
     import torch
 
     found: Any = torch.cuda.get_device_properties(device)
     try:
         address = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
-        folder = Path("/sys/bus/pci/devices") / address
-        speed = (folder / "max_link_speed").read_text().strip()
-        width = (folder / "max_link_width").read_text().strip()
-    except (OSError, AttributeError):
+        card = (Path("/sys/bus/pci/devices") / address).resolve(strict=True)
+        ends = [end for end in (card, card.parent) if (end / "max_link_speed").exists()]
+        speeds = [(end / "max_link_speed").read_text().strip() for end in ends]
+        widths = [int((end / "max_link_width").read_text()) for end in ends]
+        return f"{min(speeds, key=lambda speed: float(speed.split()[0]))} x{min(widths)}"
+    except (OSError, AttributeError, ValueError, IndexError):
         return "unknown link"
-    return f"{speed} x{width}"
 
 
 def _driver_version() -> str:
@@ -145,10 +150,22 @@ def _driver_version() -> str:
     return next((word for word in line.split() if word[0].isdigit() and "." in word), "unknown")
 
 
+def _page(stored: str) -> int:
+    page = int(stored)
+    if not 1 <= page <= LARGEST_PAGE_BYTES:
+        raise ValueError(f"pages of {stored} bytes")
+    return page
+
+
 def _choices(stored: dict[str, Any]) -> dict[Direction, Choice]:
-    known = {ZERO_COPY, STAGED, DMA}
     choices = {direction: Choice(**stored[direction.value]) for direction in Direction}
     for choice in choices.values():
-        if not {choice.small, choice.large} <= known or not 1 <= choice.programs <= 1024:
+        borders = (choice.from_bytes, choice.busy_from_bytes)
+        if (
+            not {choice.small, choice.large} <= {ZERO_COPY, STAGED, DMA}
+            or any(type(number) is not int or number < 0 for number in borders)
+            or type(choice.programs) is not int
+            or not 1 <= choice.programs <= MOST_PROGRAMS
+        ):
             raise ValueError(f"unknown choice {choice}")
     return choices

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvortex import __version__
 from kvortex.config import KVortexConfig
-from kvortex.core import ConfigError, KVortexError
+from kvortex.core import ConfigError, KVortexError, TransferError
 from kvortex.plugins import load_policy
 
 if TYPE_CHECKING:
@@ -119,30 +119,35 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     import torch
 
-    if not torch.cuda.is_available() or arguments.device not in range(torch.cuda.device_count()):
+    count = torch.cuda.device_count() if torch.version.hip is None else 0
+    if arguments.device not in range(count):
         raise ConfigError(
-            f"--device {arguments.device}: this machine has {torch.cuda.device_count()} GPUs that "
-            "torch can use; there is nothing to measure without one"
+            f"--device {arguments.device}: torch can use {count} NVIDIA GPUs on this machine; "
+            + (f"use 0 to {count - 1}" if count else "there is nothing to measure without one")
         )
     from kvortex.calibration import machine_key, save_calibration
     from kvortex.tune import table, tune
 
     device = torch.device("cuda", arguments.device)
     with torch.cuda.device(device):
-        calibration, rows = tune(
-            device, lambda line: print(f"[kvortex tune] {line}", file=sys.stderr)
-        )
-    path = save_calibration(device, calibration)
+        try:
+            calibration, rows = tune(device, _print_progress)
+        except torch.OutOfMemoryError:
+            raise TransferError("the GPU has no GiB of memory free to measure with") from None
     if arguments.json:
-        told = {
-            "machine": machine_key(device),
-            "file": str(path),
-            "rows": [asdict(row) | {"direction": row.direction.value} for row in rows],
-        }
-        print(json.dumps(told))
+        told = [asdict(row) | {"direction": row.direction.value} for row in rows]
+        print(json.dumps({"machine": machine_key(device), "rows": told}))
     else:
-        print(f"{machine_key(device)}\n{table(rows, calibration)}\nkept in {path}")
+        print(f"{machine_key(device)}\n{table(rows, calibration)}")
+    try:
+        print(f"kept in {save_calibration(device, calibration)}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"the result cannot be kept ({error}); set XDG_CACHE_HOME") from None
     return 0
+
+
+def _print_progress(line: str) -> None:
+    print(f"[kvortex] {line}", file=sys.stderr, flush=True)
 
 
 def _interrupt(_number: int, _frame: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +18,12 @@ from kvortex.cuda_ticket import CudaTicket, EventPool
 from kvortex.id_ring import IdRing
 from kvortex.lane import Lane
 from kvortex.movers import open_movers
+from kvortex.paged_kernel import tiling_of
 from kvortex.triton_kernels.reference import paged_copy_reference
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvortex.core import BlockIds
     from kvortex.cuda_driver import Handle
     from kvortex.host_pool import HostPool
@@ -29,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 ID_ROWS = 65536
 MOST_CHUNKS = (1 << 31) - (1 << 24)
-"""The kernel counts the chunks of a launch in 32 bits; a run has a chunk at least every 2 KiB."""
-LEAST_CHUNK_BYTES = 2048
+"""The kernel counts the chunks of a launch in 32 bits."""
 
 
 class CudaCopyEngine(CopyEngine):
@@ -49,21 +52,29 @@ class CudaCopyEngine(CopyEngine):
             raise TransferError("KVortex needs an NVIDIA GPU; this torch was built for ROCm")
         self._device = layout.device
         self._index = int(layout.device.index or 0)
+        try:
+            with torch.cuda.device(self._device):
+                self._open(num_streams)
+        except Exception as error:  # Triton and ctypes raise errors of many unrelated classes
+            raise TransferError(f"this GPU cannot run KVortex's copies: {error}") from error
+
+    def _open(self, num_streams: int) -> None:
         self._driver = cuda_driver()
+        self._context = self._driver.current_context()
+        self._thread = threading.get_ident()
         self._events = EventPool()
+        self._entered = self._events.take()
         calibration = load_calibration(self._device)
-        self._choices = calibration.for_page(layout.stretch_bytes())
-        with torch.cuda.device(self._device):
-            self._entered = self._events.take()
-            self._streams = _open_streams(self._device, num_streams)
-            self._lanes = {way: self._lane(way) for way in Direction}
-            self._last: dict[Direction, CudaTicket | None] = dict.fromkeys(Direction)
-            self._warm_up()
+        self._choices = calibration.for_page(self.layout.stretch_bytes())
+        self._streams = _open_streams(self._device, num_streams)
+        self._lanes = {way: self._lane(way) for way in Direction}
+        self._last: dict[Direction, CudaTicket | None] = dict.fromkeys(Direction)
+        self._warm_up()
         logger.info("KVortex copies by %s", self._describe(calibration.origin))
 
     def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> Ticket:
-        if torch._C._cuda_getDevice() != self._index:
-            with torch.cuda.device(self._device):
+        if self._is_elsewhere():
+            with self._at_home():
                 return self.copy(direction, block_ids, slots)
         try:
             ticket = self._submit(direction, block_ids, slots)
@@ -75,26 +86,38 @@ class CudaCopyEngine(CopyEngine):
         return ticket
 
     def load_layers(self, block_ids: BlockIds, slots: BlockIds) -> list[CudaTicket]:
-        """Start loading blocks page by page, in the layout's order, each page with its ticket.
+        """Start loading blocks page by page, in the layout's order; a ticket for each page.
+
+        More blocks than one launch takes are loaded whole: every page then has the same ticket.
 
         Raises:
             TransferError: nothing is under way, though some bytes may have been written.
         """
-        with torch.cuda.device(self._device):
+        with self._at_home():
             try:
                 lane, pages = self._lanes[Direction.LOAD], self.layout.page_runs()
-                return lane.submit_runs(block_ids, slots, self._before(), pages)
+                tickets = lane.submit_runs(block_ids, slots, self._before(), pages)
             except Exception as error:  # noqa: BLE001  (a load was promised, whatever it was)
-                return [self._load_plainly(block_ids, slots, error)] * len(self.layout.pages)
+                plain = self._load_plainly(block_ids, slots, error)
+                tickets = [plain] * len(self.layout.pages)
+        self._last[Direction.LOAD] = tickets[-1]
+        return tickets
 
     def fence(self, ticket: Ticket) -> None:
         assert isinstance(ticket, CudaTicket)
-        ticket.hold(self._current_stream())
+        if self._is_elsewhere():
+            with self._at_home():
+                ticket.hold(self._current_stream())
+        else:
+            ticket.hold(self._current_stream())
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):  # a GPU that failed; its tickets say so
             torch.cuda.synchronize(self._device)
             self._events.close()
+        self._lanes.clear()
+        self._streams.clear()
+        self._last.clear()
 
     def _submit(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> CudaTicket:
         lane = self._lanes[direction]
@@ -140,6 +163,19 @@ class CudaCopyEngine(CopyEngine):
         handle: Handle = torch._C._cuda_getCurrentRawStream(self._index)
         return handle
 
+    def _is_elsewhere(self) -> bool:
+        """Whether the caller's device or thread is not the one that the driver last worked in."""
+        return torch._C._cuda_getDevice() != self._index or threading.get_ident() != self._thread
+
+    @contextlib.contextmanager
+    def _at_home(self) -> Iterator[None]:
+        """On the KV tensors' device. A thread that is new to the driver is given its context."""
+        with torch.cuda.device(self._device):
+            if threading.get_ident() != self._thread:
+                self._driver.use_context(self._context)
+                self._thread = threading.get_ident()
+            yield
+
     def _lane(self, direction: Direction) -> Lane:
         choice, ids = self._choices[direction], IdRing(ID_ROWS)
         names = {ZERO_COPY, choice.small, choice.large}
@@ -147,7 +183,8 @@ class CudaCopyEngine(CopyEngine):
             self.layout, self.pool, direction, names, choice.programs, ids, self._events
         )
         streams = [stream.cuda_stream for stream in self._streams[direction]]
-        block_chunks = self.pool.slot_bytes // LEAST_CHUNK_BYTES + len(self.layout.run_table())
+        runs = self.layout.run_table()
+        block_chunks = len(runs) * tiling_of(runs, self.pool.slot_bytes).chunks_per_run
         most = max(1, min(ID_ROWS // 2, MOST_CHUNKS // block_chunks))
         return Lane(direction, streams, movers, ids, self._events, most)
 
@@ -182,10 +219,7 @@ def _is_over(ticket: CudaTicket) -> bool:
 
 
 def _open_streams(device: torch.device, number: int) -> dict[Direction, list[torch.cuda.Stream]]:
-    """Half of the streams for each direction, taken in turn; a single one serves both."""
-    if number == 1:
-        only = [torch.cuda.Stream(device)]
-        return {Direction.LOAD: only, Direction.STORE: only}
-    loads = [torch.cuda.Stream(device, priority=-1) for _ in range(number // 2)]
+    """Half of the streams for each direction, taken in turn, and one for each at least."""
+    loads = [torch.cuda.Stream(device, priority=-1) for _ in range(max(1, number // 2))]
     stores = [torch.cuda.Stream(device, priority=0) for _ in range(number - number // 2)]
     return {Direction.LOAD: loads, Direction.STORE: stores}

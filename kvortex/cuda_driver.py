@@ -21,6 +21,8 @@ SUCCESS, NOT_READY = 0, 600
 DISABLE_TIMING = 2
 """Without BLOCKING_SYNC: behind the 56th such event under way a record blocks the host (H200)."""
 SRC_ACCESS_ORDER_STREAM = 1
+USUAL_PARAMETERS = (8, 8, 8, 4, 4, 4, 4, 8, 8)
+"""Of KVortex's kernel: its own seven, and two pointers that Triton adds."""
 
 Handle = int
 """A stream, event or function of the driver."""
@@ -54,7 +56,7 @@ class _CopyAttributes(ctypes.Structure):
 
 
 class CudaDriver:
-    """One per process. Short calls keep the GIL: to give it up would cost more than the call.
+    """One per process. Calls keep the GIL: to give it up would cost more than most of them take.
 
     Raises:
         TransferError: every method, if the driver reports an error.
@@ -62,8 +64,7 @@ class CudaDriver:
     """
 
     def __init__(self) -> None:
-        self._short = ctypes.PyDLL("libcuda.so.1")
-        self._long = ctypes.CDLL("libcuda.so.1")
+        self._library = ctypes.PyDLL("libcuda.so.1")
         void, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
         self._launch = self._bind("cuLaunchKernelEx", void, void, void, void)
         self._record = self._bind("cuEventRecord", void, void)
@@ -75,11 +76,6 @@ class CudaDriver:
         self._batch, self._batch_tail = self._find_batch()
         self._attributes = _CopyAttributes(source_access_order=SRC_ACCESS_ORDER_STREAM)
         self._first = ctypes.c_size_t(0)
-
-    @property
-    def has_batch_copy(self) -> bool:
-        """Whether this driver knows cuMemcpyBatchAsync (CUDA 12.8)."""
-        return self._batch is not None
 
     def create_event(self) -> Handle:
         """An event without timing."""
@@ -113,12 +109,12 @@ class CudaDriver:
     def current_context(self) -> Handle:
         """The context of this thread."""
         context = ctypes.c_void_p()
-        self._check(self._short.cuCtxGetCurrent(ctypes.byref(context)))
+        self._check(self._library.cuCtxGetCurrent(ctypes.byref(context)))
         return context.value or 0
 
     def use_context(self, context: Handle) -> None:
         """Let this thread work in a context of another."""
-        self._check(self._short.cuCtxSetCurrent(ctypes.c_void_p(context)))
+        self._check(self._library.cuCtxSetCurrent(ctypes.c_void_p(context)))
 
     def launch(self, configuration: int, function: Handle, parameters: int) -> None:
         """Launch a kernel.
@@ -160,6 +156,8 @@ class CudaDriver:
 
     def parameter_sizes(self, function: Handle) -> list[int]:
         """Bytes of each parameter of a kernel, also of those that its compiler added."""
+        if not hasattr(self._library, "cuFuncGetParamInfo"):  # before CUDA 12.4
+            return list(USUAL_PARAMETERS)
         void = ctypes.c_void_p
         find = self._bind("cuFuncGetParamInfo", void, ctypes.c_size_t, void, void)
         offset, size = ctypes.c_size_t(), ctypes.c_size_t()
@@ -172,15 +170,15 @@ class CudaDriver:
         """The call and what stands between its attributes and its stream, which CUDA 13 dropped."""
         void, size = ctypes.c_void_p, ctypes.c_size_t
         arguments = [void, void, void, size, void, void, size]
-        if hasattr(self._short, "cuMemcpyBatchAsync_v2"):
+        if hasattr(self._library, "cuMemcpyBatchAsync_v2"):
             return self._bind("cuMemcpyBatchAsync_v2", *arguments, void), ()
-        if hasattr(self._short, "cuMemcpyBatchAsync"):
+        if hasattr(self._library, "cuMemcpyBatchAsync"):
             failed = ctypes.c_size_t()
             return self._bind("cuMemcpyBatchAsync", *arguments, void, void), (ctypes.byref(failed),)
         return None, ()
 
     def _bind(self, name: str, *arguments: Any) -> Any:  # noqa: ANN401  (ctypes has no types)
-        call = getattr(self._short, name)
+        call = getattr(self._library, name)
         call.argtypes, call.restype = list(arguments), ctypes.c_int
         return call
 
@@ -188,7 +186,7 @@ class CudaDriver:
         if status == SUCCESS:
             return
         text = ctypes.c_char_p()
-        self._long.cuGetErrorString(status, ctypes.byref(text))
+        self._library.cuGetErrorString(status, ctypes.byref(text))
         raise TransferError(f"CUDA reported: {(text.value or b'unknown').decode()} ({status})")
 
 

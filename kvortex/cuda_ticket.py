@@ -48,8 +48,10 @@ class CudaTicket(Ticket):
     def __init__(self, events: EventPool, stream: Handle) -> None:
         self._driver = cuda_driver()
         self._events = events
-        self._event: Handle | None = events.take()
-        self._driver.record(self._event, stream)
+        self._event: Handle | None = None
+        event = events.take()
+        self._driver.record(event, stream)
+        self._event = event
 
     @property
     def done(self) -> bool:
@@ -60,6 +62,11 @@ class CudaTicket(Ticket):
         self._events.give(self._event)
         self._event = None
         return True
+
+    def __del__(self) -> None:
+        """Nobody looks any more: who waits for the event already does, so it may be used again."""
+        if self._event is not None and not self._events.closed:
+            self._events.give(self._event)
 
     def wait(self, timeout: float | None = None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout

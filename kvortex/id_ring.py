@@ -51,11 +51,13 @@ class IdRing:
     def write(self, block_ids: BlockIds, slots: BlockIds) -> int:
         """Write at most `num_rows` rows side by side; returns the address of the first.
 
-        Waits for readers only where all rows are lent.
+        Waits for the copies that still read those rows, if any.
         """
         count = len(block_ids)
-        start = self._next if self._next + count <= self.num_rows else 0
-        end = start + count
+        if self._next + count > self.num_rows:
+            self._wait_for_all_from(self._next)
+            self._next = 0
+        start, end = self._next, self._next + count
         while self._lent and self._lent[0][0] < end and self._lent[0][1] > start:
             self._lent.popleft()[2].wait()
         if count <= FEW:
@@ -66,7 +68,8 @@ class IdRing:
             self._numbers[start:end, 0] = block_ids
             self._numbers[start:end, 1] = slots
         self._next = end
-        self._written.append((start, end))
+        if count:
+            self._written.append((start, end))
         return self.address + start * ROW_BYTES
 
     def lend(self, reader: Reader) -> None:
@@ -77,3 +80,8 @@ class IdRing:
         if len(self._lent) > MANY:
             while self._lent and self._lent[0][2].done:
                 self._lent.popleft()
+
+    def _wait_for_all_from(self, row: int) -> None:
+        """Rows of the last lap that lie ahead: behind them in line are those that begin anew."""
+        while self._lent and self._lent[0][0] >= row:
+            self._lent.popleft()[2].wait()

@@ -57,7 +57,7 @@ class PagedKernel:
         tiling: how to cut the work.
         direction: STORE into the slots, LOAD out of them.
         dense: the i-th block belongs to slot i.
-        ids: int64 (n, 2) pinned, whose first row may be copied as a trial.
+        ids: int64 (n, 2) pinned, of the kind that `launch` will be given.
     """
 
     def __init__(

@@ -48,14 +48,19 @@ class Rig:
 
     Args:
         device: a CUDA device.
-        page_bytes: of each of `LAYERS` layers.
+        page_bytes: of each layer.
         total_bytes: of all blocks together.
+        layers: by default 32, less if there would be but a few blocks.
     """
 
     def __init__(
-        self, device: torch.device, page_bytes: int, total_bytes: int = TOTAL_BYTES
+        self,
+        device: torch.device,
+        page_bytes: int,
+        total_bytes: int = TOTAL_BYTES,
+        layers: int | None = None,
     ) -> None:
-        self.layers = LAYERS if page_bytes * LAYERS * 8 <= total_bytes else 8
+        self.layers = layers or (LAYERS if page_bytes * LAYERS * 8 <= total_bytes else 8)
         self.num_blocks = max(2, total_bytes // (page_bytes * self.layers))
         self.kv_caches = {
             f"layer.{i}": torch.randint(
@@ -116,9 +121,14 @@ class Rig:
 
 
 @contextmanager
-def rig(device: torch.device, page_bytes: int, total_bytes: int = TOTAL_BYTES) -> Iterator[Rig]:
+def rig(
+    device: torch.device,
+    page_bytes: int,
+    total_bytes: int = TOTAL_BYTES,
+    layers: int | None = None,
+) -> Iterator[Rig]:
     """A Rig for the length of a `with` block."""
-    opened = Rig(device, page_bytes, total_bytes)
+    opened = Rig(device, page_bytes, total_bytes, layers)
     try:
         yield opened
     finally:

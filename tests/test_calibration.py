@@ -89,11 +89,11 @@ def test_without_a_file_the_defaults_say_what_to_do(caplog: pytest.LogCaptureFix
         "",
         "nonsense",
         "[]",
+        "[" * 100_000,
         "{}",
-        '{"format": 1}',
-        '{"format": 1, "machines": []}',
-        '{"format": 1, "machines": {"gpu 0": {"4096": {"store": {}}}}}',
-        '{"format": 1, "machines": {"gpu 0": {"a": {}}}}',
+        '{"gpu 0": []}',
+        '{"gpu 0": {"4096": {"store": {}}}}',
+        '{"gpu 0": {"a": {}}}',
         "\x00\xff",
     ],
 )
@@ -110,17 +110,37 @@ def test_a_file_that_cannot_be_read_is_named_and_ignored(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("small", "teleport"), ("programs", 0), ("programs", 99_999)]
+    ("name", "value"),
+    [
+        ("small", "teleport"),
+        ("programs", 0),
+        ("programs", 8.5),
+        ("programs", 99_999),
+        ("programs", True),
+        ("from_bytes", "much"),
+        ("from_bytes", None),
+        ("busy_from_bytes", -1),
+    ],
 )
 def test_values_that_no_tune_writes_are_not_used(name: str, value: object) -> None:
     path = save_calibration(GPU, measured(4096))
     stored = json.loads(path.read_text())
-    stored["machines"]["gpu 0"]["4096"]["load"][name] = value
+    stored["gpu 0"]["4096"]["load"][name] = value
     path.write_text(json.dumps(stored))
     assert load_calibration(GPU) == defaults()
 
 
-def test_a_later_format_is_left_alone_and_not_used() -> None:
+@pytest.mark.parametrize("page", ["0", "-4", "9" * 400])
+def test_page_sizes_that_cannot_be_are_not_used(page: str) -> None:
     path = save_calibration(GPU, measured(4096))
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    path.write_text(path.read_text().replace('"4096"', f'"{page}"'))
+    assert load_calibration(GPU) == defaults()
+
+
+def test_a_user_without_a_home_gets_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", homeless)
     assert load_calibration(GPU) == defaults()

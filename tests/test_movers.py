@@ -89,3 +89,21 @@ def test_ended_readers_are_forgotten() -> None:
         ring.write(ids(1), ids(1))
         ring.lend(Copy(done=True))
         assert len(ring._lent) <= MANY + 1
+
+
+@given(
+    counts=st.lists(st.integers(0, 16), max_size=40),
+    ended=st.lists(st.integers(0, 39), max_size=60),
+)
+def test_no_row_is_written_while_a_copy_reads_it(counts: list[int], ended: list[int]) -> None:
+    ring, copies = IdRing(33), list[tuple[Copy, int, int]]()
+    for number, count in enumerate(counts):
+        numbers = np.full(count, number)
+        start = (ring.write(numbers, numbers) - ring.address) // 16
+        for copy, first, last in copies:
+            assert copy.done or first == last or last <= start or first >= start + count
+        copies.append((Copy(), start, start + count))
+        ring.lend(copies[-1][0])
+        for which in ended[number : number + 2]:
+            if which < len(copies):
+                copies[which][0].done = True

@@ -11,9 +11,6 @@ import triton.language as tl
 if TYPE_CHECKING:
     import torch
 
-RUN_COLUMNS = 4
-"""A row of the run table: address in block 0, block stride, offset in a slot, bytes."""
-
 
 @triton.jit(do_not_specialize=["num_items", "num_runs", "chunks_per_run", "slot_bytes"])
 def _paged_copy(

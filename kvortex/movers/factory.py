@@ -62,7 +62,7 @@ def open_movers(
         movers[ZERO_COPY] = ZeroCopyMover(kernel, programs, slots, ids)
     if DMA in names:
         movers[DMA] = DmaMover(direction, runs, slots, pool.slot_bytes)
-    if STAGED in names and (buffers := _buffers(layout, pool)) is not None:
+    if STAGED in names and (buffers := _buffers(layout, pool, ids)) is not None:
         kernel = PagedKernel(on_gpu, buffers[0], tiling, direction, ids.rows, dense=True)
         movers[STAGED] = StagedMover(
             kernel, direction, buffers, STAGED_PROGRAMS, slots, ids, events
@@ -70,18 +70,18 @@ def open_movers(
     return movers
 
 
-def _buffers(layout: Layout, pool: HostPool) -> torch.Tensor | None:
+def _buffers(layout: Layout, pool: HostPool, ids: IdRing) -> torch.Tensor | None:
     blocks = min(pool.num_slots, max(1, BUFFER_BYTES // pool.slot_bytes))
+    size = BUFFERS * blocks * pool.slot_bytes
     try:
-        return torch.zeros(
-            (BUFFERS, blocks, pool.slot_bytes), dtype=torch.uint8, device=layout.device
-        )
+        torch.empty(size + ids.rows.nbytes, dtype=torch.uint8, device=layout.device)
+        flat = torch.zeros(size, dtype=torch.uint8, device=layout.device)
     except torch.OutOfMemoryError:
-        size = BUFFERS * blocks * pool.slot_bytes >> 20
         logger.warning(
             "No %d MiB are left on %s for staging; large copies will be slower. "
             "Lower gpu_memory_utilization to have them.",
-            size,
+            size >> 20,
             layout.device,
         )
         return None
+    return flat.view(BUFFERS, blocks, pool.slot_bytes)

@@ -27,7 +27,7 @@ class StagedMover(Mover):
 
     A copy is cut into chunks. Every chunk passes through one of a few buffers on the GPU, each of
     which has a stream of its own: there the kernel and the DMA copy follow each other, and while
-    one buffer's DMA copy holds the link the other buffers' kernels run. The host waits for nothing.
+    one buffer's DMA copy holds the link the other buffers' kernels run.
 
     Args:
         kernel: dense, between the KV tensors and `buffers`.
@@ -58,7 +58,7 @@ class StagedMover(Mover):
         _, self._most_blocks, self._slot_bytes = buffers.shape
         self._least_blocks = max(1, LEAST_CHUNK_BYTES // self._slot_bytes)
         self._ids = ids
-        self._near_ids = ids.rows.to(buffers.device)
+        self._near_ids = torch.zeros(ids.rows.shape, dtype=torch.int64, device=buffers.device)
         self._driver = cuda_driver()
         priority = 0 if self._store else -1
         self._streams = [torch.cuda.Stream(buffers.device, priority) for _ in buffers]

@@ -1,0 +1,230 @@
+"""A GPU of the mind: streams and events run in a random order that the real rules allow.
+
+The engine, lanes and movers above are the real ones; driver calls are put into queues, and kernels
+copy block by block, so that a missing event shows as wrong bytes for some seed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import random
+import struct
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvortex.calibration import Calibration, Choice
+from kvortex.core import Direction, TransferError
+from kvortex.cuda_copy_engine import CudaCopyEngine
+from kvortex.host_pool import HostPool
+from kvortex.layout import make_layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+    import pytest
+
+ROW = struct.Struct("qq")
+
+
+def moved(to: int, source: int, nbytes: int) -> bool:
+    ctypes.memmove(to, source, nbytes)
+    return True
+
+
+class Moment:
+    """One recording of an event."""
+
+    def __init__(self) -> None:
+        self.reached = False
+
+    def reach(self) -> bool:
+        self.reached = True
+        return True
+
+
+class SimulatedDriver:
+    """Stands in for CudaDriver. `fail_at` is the number of the call that fails, from now on."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.eagerness = self.draw.choice([0.0, 0.0, 0.3, 0.9])
+        self.fail_at: int | None = None
+        self.events: dict[int, Moment | None] = {}
+        self.device = 0
+        self.current_stream = 0
+        self._streams: dict[int, deque[Callable[[], bool]]] = {}
+        self._numbers = itertools.count(1000)
+
+    def __enter__(self) -> None:
+        """As torch.cuda.device: nothing to switch here."""
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def create_event(self) -> int:
+        self._count("create")
+        event = next(self._numbers)
+        self.events[event] = None
+        return event
+
+    def destroy_event(self, event: int) -> None:
+        del self.events[event]
+
+    def record(self, event: int, stream: int) -> None:
+        self._count("record")
+        moment = self.events[event] = Moment()
+        self._put(stream, moment.reach)
+
+    def wait(self, stream: int, event: int) -> None:
+        self._count("wait")
+        moment = self.events[event]
+        if moment is not None:
+            self._put(stream, lambda: moment.reached)
+
+    def reached(self, event: int) -> bool:
+        moment = self.events[event]
+        if moment is not None and not moment.reached:
+            self._step()
+        return moment is None or moment.reached
+
+    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        self._count("copy")
+        self._put(stream, partial(moved, to, source, nbytes))
+
+    def copy_batch(
+        self, to: np.ndarray, source: np.ndarray, sizes: np.ndarray, stream: int
+    ) -> None:
+        self._count("batch")
+        for piece in zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True):
+            self._put(stream, partial(moved, *piece))
+
+    def launch(self, stream: int, blocks: Iterator[Callable[[], bool]]) -> None:
+        self._count("launch")
+        for block in blocks:
+            self._put(stream, block)
+
+    def current_context(self) -> int:
+        return 1
+
+    def use_context(self, context: int) -> None: ...
+
+    def synchronize(self, *_: object) -> None:
+        while self._step():
+            pass
+        assert not any(self._streams.values()), "streams wait for each other"
+
+    @property
+    def idle(self) -> bool:
+        return not any(self._streams.values())
+
+    def _put(self, stream: int, work: Callable[[], bool]) -> None:
+        self._streams.setdefault(stream, deque()).append(work)
+
+    def _step(self) -> bool:
+        """Let one stream that can do so go one step; false if none can."""
+        for stream in self.draw.sample(list(self._streams), len(self._streams)):
+            queue = self._streams[stream]
+            if queue and queue[0]():
+                queue.popleft()
+                return True
+        return False
+
+    def _count(self, what: str) -> None:
+        if self.fail_at is not None:
+            self.fail_at -= 1
+            if self.fail_at == 0:
+                raise TransferError(f"{what} failed on command")
+        while self.draw.random() < self.eagerness and self._step():
+            pass
+
+
+class SimulatedKernel:
+    """Stands in for PagedKernel; reads its ids when it runs, not when it is launched."""
+
+    driver: SimulatedDriver
+
+    def __init__(
+        self,
+        runs: torch.Tensor,
+        slots: torch.Tensor,
+        tiling: object,
+        direction: Direction,
+        ids: torch.Tensor,
+        *,
+        dense: bool = False,
+    ) -> None:
+        self._runs: list[list[int]] = runs.tolist()
+        self._slot_bytes = slots.shape[1]
+        self._store = direction is Direction.STORE
+        self._dense = dense
+
+    def launch(
+        self,
+        ids: int,
+        slots: int,
+        count: int,
+        programs: int,
+        stream: int,
+        runs: range | None = None,
+    ) -> None:
+        rows = self._runs if runs is None else self._runs[runs.start : runs.stop]
+        self.driver.launch(stream, (self._block(i, ids, slots, rows) for i in range(count)))
+
+    def _block(self, i: int, ids: int, slots: int, rows: list[list[int]]) -> Callable[[], bool]:
+        def copy() -> bool:
+            block, slot = ROW.unpack(ctypes.string_at(ids + i * ROW.size, ROW.size))
+            place = slots + (i if self._dense else slot) * self._slot_bytes
+            for base, stride, offset, nbytes in rows:
+                gpu, host = base + block * stride, place + offset
+                to, source = (host, gpu) if self._store else (gpu, host)
+                moved(to, source, nbytes)
+            return True
+
+        return copy
+
+
+class SimulatedStream:
+    numbers = itertools.count(1)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.cuda_stream = next(self.numbers)
+
+
+def simulate(patch: pytest.MonkeyPatch, driver: SimulatedDriver, **constants: Any) -> None:
+    """Put the simulation under the engine; constants are `module.NAME` with dots as `__`."""
+    SimulatedKernel.driver = driver
+    modules = ("cuda_ticket", "lane", "cuda_copy_engine", "movers.staged", "movers.dma")
+    for module in modules:
+        patch.setattr(f"kvortex.{module}.cuda_driver", lambda: driver)
+    patch.setattr("kvortex.movers.factory.PagedKernel", SimulatedKernel)
+    patch.setattr(torch.cuda, "Stream", SimulatedStream)
+    patch.setattr(torch.cuda, "synchronize", driver.synchronize)
+    patch.setattr(torch.cuda, "device", lambda device: driver)
+    patch.setattr(torch._C, "_cuda_getDevice", lambda: driver.device, raising=False)
+    patch.setattr(
+        torch._C,
+        "_cuda_getCurrentRawStream",
+        lambda index: driver.current_stream,
+        raising=False,
+    )
+    for name, value in constants.items():
+        patch.setattr(f"kvortex.{name.replace('__', '.')}", value)
+
+
+def simulated_engine(
+    patch: pytest.MonkeyPatch, choice: Choice, *, blocks: int, page: int, num_streams: int = 4
+) -> tuple[dict[str, torch.Tensor], CudaCopyEngine]:
+    """An engine over three layers of `blocks` blocks and as many slots, all full of noise."""
+    kv = {
+        name: torch.randint(0, 255, (blocks, page), dtype=torch.uint8) for name in ("a", "b", "c")
+    }
+    layout = make_layout(kv)
+    pool = HostPool(blocks, layout.slot_bytes, pinned=False)
+    pool.bytes.random_(0, 255)
+    chosen = Calibration({4096: dict.fromkeys(Direction, choice)}, "simulated")
+    patch.setattr("kvortex.cuda_copy_engine.load_calibration", lambda device: chosen)
+    return kv, CudaCopyEngine(layout, pool, num_streams)

@@ -1,0 +1,201 @@
+"""The real engine, lanes and movers over a simulated GPU: exact in every order of events."""
+
+from __future__ import annotations
+
+import gc
+import random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from simulated_gpu import SimulatedDriver, simulate, simulated_engine
+
+from kvortex.calibration import DMA, STAGED, ZERO_COPY, Choice
+from kvortex.core import Direction, TransferError
+
+if TYPE_CHECKING:
+    from kvortex.cuda_copy_engine import CudaCopyEngine
+
+STORE, LOAD = Direction.STORE, Direction.LOAD
+PAGE = 24
+SLOT = 3 * 32
+BLOCKS = 120
+CHOICES = [
+    Choice(STAGED, STAGED, 0, 0, 4),
+    Choice(ZERO_COPY, STAGED, 8 * SLOT, 3 * SLOT, 4),
+    Choice(DMA, STAGED, 5 * SLOT, 5 * SLOT, 4),
+    Choice(ZERO_COPY, ZERO_COPY, 0, 0, 4),
+]
+
+
+def same(kv: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(kv[name], expected[name]) for name in kv)
+
+
+def same_slots(engine: CudaCopyEngine, expected: torch.Tensor) -> bool:
+    """Bytes between the pages are nobody's."""
+    return all(
+        torch.equal(engine.pool.bytes[:, part], expected[:, part])
+        for part in (slice(p.slot_offset, p.slot_offset + PAGE) for p in engine.layout.pages)
+    )
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: f"{choice.small} {choice.large}")
+@pytest.mark.parametrize("seed", range(12))
+def test_exact_whatever_overtakes_what(
+    choice: Choice, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(seed)
+    driver = SimulatedDriver(seed)
+    simulate(
+        monkeypatch,
+        driver,
+        cuda_copy_engine__ID_ROWS=draw.choice([64, 256, 4096]),
+        movers__factory__BUFFER_BYTES=SLOT * draw.choice([2, 5, 16]),
+        movers__staged__LEAST_CHUNK_BYTES=draw.choice([1, 2 * SLOT]),
+    )
+    kv, engine = simulated_engine(
+        monkeypatch, choice, blocks=BLOCKS, page=PAGE, num_streams=draw.choice([1, 2, 8])
+    )
+    expected = {name: tensor.clone() for name, tensor in kv.items()}
+    host = engine.pool.bytes.clone()
+    for _ in range(3):
+        ids = draw.sample(range(BLOCKS), BLOCKS)
+        slots = draw.sample(range(BLOCKS), BLOCKS) if draw.random() < 0.5 else range(BLOCKS)
+        tickets, start = [], 0
+        while start < BLOCKS:
+            end = start + draw.choice([0, 1, 3, 17, 60, 100])
+            these, there = np.array(ids[start:end]), np.array(slots[start:end])
+            these, there = these.astype(np.int64), there.astype(np.int64)
+            direction = draw.choice([STORE, LOAD])
+            tickets.append(engine.copy(direction, these, there))
+            for page in engine.layout.pages:
+                part = slice(page.slot_offset, page.slot_offset + PAGE)
+                if direction is STORE:
+                    host[there, part] = expected[page.name][these]
+                else:
+                    expected[page.name][these] = host[there, part]
+            start = end
+        assert all(ticket.wait() for ticket in tickets)
+    driver.synchronize()
+    assert same(kv, expected)
+    assert same_slots(engine, host)
+    engine.close()
+    assert driver.events == {}
+
+
+@pytest.mark.parametrize("mover", [ZERO_COPY, STAGED, DMA])
+@pytest.mark.parametrize("direction", [STORE, LOAD])
+def test_a_call_that_fails_leaves_nothing_under_way(
+    mover: str, direction: Direction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, failures = np.arange(70), 0
+    for call in range(1, 30):
+        with monkeypatch.context() as patch:
+            driver = SimulatedDriver(call)
+            simulate(
+                patch,
+                driver,
+                cuda_copy_engine__ID_ROWS=64,
+                movers__factory__BUFFER_BYTES=8 * SLOT,
+                movers__staged__LEAST_CHUNK_BYTES=SLOT,
+            )
+            choice = Choice(mover, mover, 0, 0, 4)
+            kv, engine = simulated_engine(patch, choice, blocks=BLOCKS, page=PAGE)
+            earlier = engine.copy(direction, np.arange(80, 90), np.arange(80, 90))
+            driver.fail_at = call
+            try:
+                assert engine.copy(direction, many, many).wait()
+            except TransferError:
+                failures += 1
+                assert driver.idle or call == 1
+            driver.fail_at = None
+            assert earlier.wait()
+            slots = np.random.default_rng(call).permutation(BLOCKS)
+            assert engine.copy(direction, np.arange(BLOCKS), slots).wait()
+            for page in engine.layout.pages:
+                part = slice(page.slot_offset, page.slot_offset + PAGE)
+                assert torch.equal(engine.pool.bytes[slots, part], kv[page.name])
+            engine.close()
+    assert failures >= (5 if direction is STORE else 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_layers_are_there_when_their_tickets_say_so(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = SimulatedDriver(seed)
+    simulate(monkeypatch, driver)
+    kv, engine = simulated_engine(monkeypatch, CHOICES[1], blocks=BLOCKS, page=PAGE)
+    slots = np.random.default_rng(seed).permutation(BLOCKS)
+    tickets = engine.load_layers(np.arange(BLOCKS), slots)
+    for page, ticket in zip(engine.layout.pages, tickets, strict=True):
+        assert ticket.wait()
+        part = slice(page.slot_offset, page.slot_offset + PAGE)
+        assert torch.equal(kv[page.name], engine.pool.bytes[slots, part])
+    engine.close()
+
+
+def test_a_stream_that_is_fenced_waits_for_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = SimulatedDriver(0)
+    driver.eagerness = 0.0
+    simulate(monkeypatch, driver)
+    kv, engine = simulated_engine(monkeypatch, CHOICES[0], blocks=BLOCKS, page=PAGE)
+    driver.current_stream = 77
+    seen: list[bool] = []
+
+    def read() -> bool:
+        seen.append(torch.equal(kv["a"], engine.pool.bytes[:, :PAGE]))
+        return True
+
+    engine.fence(engine.copy(LOAD, np.arange(BLOCKS), np.arange(BLOCKS)))
+    driver.launch(77, iter([read]))
+    assert seen == []
+    driver.synchronize()
+    assert seen == [True]
+    engine.close()
+
+
+@pytest.mark.parametrize("mover", [ZERO_COPY, STAGED, DMA])
+def test_events_are_used_again_though_nobody_asks_for_the_end(
+    mover: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = SimulatedDriver(0)
+    simulate(monkeypatch, driver, cuda_copy_engine__ID_ROWS=256)
+    _, engine = simulated_engine(
+        monkeypatch, Choice(mover, mover, 0, 0, 4), blocks=BLOCKS, page=PAGE
+    )
+    for i in range(300):
+        engine.fence(engine.copy(STORE, np.arange(3), np.arange(3)))
+        engine.fence(engine.load_layers(np.arange(3), np.arange(3))[-1])
+        if i % 20 == 0:
+            driver.synchronize()
+    gc.collect()
+    assert len(driver.events) < 300
+    driver.synchronize()
+    engine.close()
+    assert driver.events == {}
+
+
+def test_close_gives_buffers_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate(monkeypatch, SimulatedDriver(0))
+    _, engine = simulated_engine(monkeypatch, CHOICES[0], blocks=BLOCKS, page=PAGE)
+    engine.close()
+    assert engine._lanes == {}
+    assert engine._streams == {}
+
+
+def test_what_cannot_be_opened_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = SimulatedDriver(0)
+    simulate(monkeypatch, driver)
+
+    def broken(*_: object, **__: object) -> None:
+        raise AttributeError("libcuda.so.1: undefined symbol")
+
+    monkeypatch.setattr("kvortex.movers.factory.PagedKernel", broken)
+    with pytest.raises(TransferError, match="cannot run KVortex's copies: libcuda"):
+        simulated_engine(monkeypatch, CHOICES[0], blocks=4, page=PAGE)
