@@ -26,6 +26,12 @@ class GuardedPolicy(EvictionPolicy):
         self._policy = policy
         self._resident = resident
 
+    def expect(self, key: bytes) -> None:
+        try:
+            self._policy.expect(key)
+        except Exception as error:  # noqa: BLE001
+            self._replace(repr(error))
+
     def insert(self, key: bytes) -> None:
         """`key` is in the map already."""
         try:

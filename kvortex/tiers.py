@@ -54,6 +54,7 @@ class HostTier:
         """Promise a slot to as many leading keys as slots can be had for, evicting as needed."""
         blocks = []
         for key in keys:
+            self._policy.expect(key)
             if not self.index.free and not self._evict_one():
                 break
             blocks.append(self.index.reserve(key))

@@ -1,11 +1,39 @@
 """Eviction policies: who chooses the block to forget. Standard library only."""
 
+from .arc import ARC
 from .base import EvictionPolicy
+from .fifo import FIFO
 from .lfu import LFU
 from .lru import LRU
 from .lru_freq import LRUFreq
+from .mq import MQ
+from .s3fifo import S3FIFO
+from .sieve import Sieve
+from .wtinylfu import WTinyLFU
 
-BUILT_IN: dict[str, type[EvictionPolicy]] = {"lru": LRU, "lfu": LFU, "lru_freq": LRUFreq}
+BUILT_IN: dict[str, type[EvictionPolicy]] = {
+    "arc": ARC,
+    "fifo": FIFO,
+    "lfu": LFU,
+    "lru": LRU,
+    "lru_freq": LRUFreq,
+    "mq": MQ,
+    "s3fifo": S3FIFO,
+    "sieve": Sieve,
+    "wtinylfu": WTinyLFU,
+}
 """Policies by the names under which the installed package also registers them."""
 
-__all__ = ["BUILT_IN", "LFU", "LRU", "EvictionPolicy", "LRUFreq"]
+__all__ = [
+    "ARC",
+    "BUILT_IN",
+    "FIFO",
+    "LFU",
+    "LRU",
+    "MQ",
+    "S3FIFO",
+    "EvictionPolicy",
+    "LRUFreq",
+    "Sieve",
+    "WTinyLFU",
+]

@@ -20,6 +20,9 @@ class EvictionPolicy(ABC):
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
 
+    def expect(self, key: bytes) -> None:  # noqa: B027  (most policies need not know)
+        """A key that the policy does not know is about to be stored; `evict` may follow."""
+
     @abstractmethod
     def insert(self, key: bytes) -> None:
         """A key that the policy does not know became resident."""

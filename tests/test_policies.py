@@ -121,27 +121,144 @@ def test_lru_equals_a_list(steps: list[Step]) -> None:
 
 
 @given(steps=STEPS)
-def test_lfu_equals_a_counter(steps: list[Step]) -> None:
-    """Fewest uses first; among equals, the one that reached the number first."""
-    policy, uses, since = load_policy("lfu", 8), Counter[bytes](), dict[bytes, int]()
+def test_lfu_equals_a_table_of_weights(steps: list[Step]) -> None:
+    """Least uses plus age first; among equals, the one that reached the weight first."""
+    policy, age = load_policy("lfu", 8), 0
+    uses, weight, since = Counter[bytes](), dict[bytes, int](), dict[bytes, int]()
     for now, (verb, number, pinned) in enumerate(steps):
         key = bytes([number])
-        if verb == "insert" and key not in uses:
-            policy.insert(key)
-            uses[key], since[key] = 1, now
-        elif verb == "hit" and key in uses:
-            policy.hit(key)
-            uses[key], since[key] = uses[key] + 1, now
-        elif verb == "remove" and key in uses:
+        if verb in ("insert", "hit") and (key in weight) == (verb == "hit"):
+            getattr(policy, verb)(key)
+            uses[key] += 1
+            weight[key], since[key] = age + uses[key], now
+        elif verb == "remove" and key in weight:
             policy.remove(key)
-            del uses[key]
+            del uses[key], weight[key]
         elif verb == "evict":
-            left = [k for k in uses if k[0] not in pinned]
-            expected = min(left, key=lambda k: (uses[k], since[k]), default=None)
+            age = min(weight.values(), default=age)
+            left = [k for k in weight if k[0] not in pinned]
+            expected = min(left, key=lambda k: (weight[k], since[k]), default=None)
             assert policy.evict(among(pinned)) == expected
             if expected is not None:
-                del uses[expected]
-    assert drain(policy) == sorted(uses, key=lambda k: (uses[k], since[k]))
+                del uses[expected], weight[expected]
+    assert drain(policy) == sorted(weight, key=lambda k: (weight[k], since[k]))
+
+
+@given(steps=STEPS)
+def test_fifo_equals_a_list(steps: list[Step]) -> None:
+    policy, order = load_policy("fifo", 8), list[bytes]()
+    for verb, number, pinned in steps:
+        key = bytes([number])
+        if verb in ("insert", "hit") and (key in order) == (verb == "hit"):
+            getattr(policy, verb)(key)
+            order += [key] if verb == "insert" else []
+        elif verb == "remove" and key in order:
+            policy.remove(key)
+            order.remove(key)
+        elif verb == "evict":
+            expected = next((k for k in order if k[0] not in pinned), None)
+            assert policy.evict(among(pinned)) == expected
+            if expected is not None:
+                order.remove(expected)
+    assert drain(policy) == order
+
+
+@given(steps=STEPS)
+def test_sieve_equals_a_list_with_a_hand(steps: list[Step]) -> None:
+    """One list, oldest first, and the index of the hand; keys that are pinned keep their mark."""
+    policy, order, used, hand = load_policy("sieve", 8), list[bytes](), set[bytes](), 0
+    for verb, number, pinned in steps:
+        key = bytes([number])
+        if verb in ("insert", "hit") and (key in order) == (verb == "hit"):
+            getattr(policy, verb)(key)
+            if verb == "insert":
+                order.append(key)
+            else:
+                used.add(key)
+        elif verb == "remove" and key in order:
+            policy.remove(key)
+            hand -= order.index(key) < hand
+            order.remove(key)
+            used.discard(key)
+        elif verb == "evict":
+            expected = None
+            for _ in range(2 * len(order)):
+                hand = 0 if hand >= len(order) else hand
+                at = order[hand]
+                if at not in used and at[0] not in pinned:
+                    expected = order.pop(hand)
+                    break
+                if at[0] not in pinned:
+                    used.discard(at)
+                hand += 1
+            assert policy.evict(among(pinned)) == expected
+
+
+def test_arc_shifts_towards_the_ghosts_that_return() -> None:
+    policy = load_policy("arc", 2)
+    for key in (b"a", b"b"):
+        policy.insert(key)
+    policy.hit(b"b")  # a was used once, b twice
+    assert policy.evict(none_pinned) == b"a"
+    policy.expect(b"a")
+    policy.insert(b"a")  # a ghost that returned is often used
+    policy.expect(b"c")
+    assert policy.evict(none_pinned) == b"b"
+    policy.insert(b"c")
+    policy.expect(b"d")
+    assert policy.evict(none_pinned) == b"a"  # the target is one key used once, and c is that
+
+
+def test_mq_steps_down_after_a_life() -> None:
+    policy = load_policy("mq", 4)
+    policy.insert(b"often")
+    for _ in range(3):
+        policy.hit(b"often")
+    for number in range(3):
+        policy.insert(bytes([number]))
+    assert policy.evict(none_pinned) == bytes([0])
+    for number in range(3, 40):  # ages pass; each step down takes a life of four accesses
+        policy.insert(bytes([number]))
+        if (victim := policy.evict(none_pinned)) == b"often":
+            break
+    assert victim == b"often"
+    assert number > 3 + 4
+
+
+def test_mq_remembers_the_uses_of_what_left() -> None:
+    policy = load_policy("mq", 4)
+    policy.insert(b"a")
+    policy.hit(b"a")
+    assert policy.evict(none_pinned) == b"a"
+    policy.insert(b"b")
+    policy.insert(b"a")
+    assert policy.evict(none_pinned) == b"b"
+
+
+def test_s3fifo_lets_what_is_seen_once_pass() -> None:
+    policy = load_policy("s3fifo", 10)
+    policy.insert(b"used")
+    policy.hit(b"used")
+    policy.hit(b"used")
+    for number in range(9):
+        policy.insert(bytes([number]))
+    assert [policy.evict(none_pinned) for _ in range(3)] == [bytes([n]) for n in range(3)]
+    policy.insert(bytes([0]))  # a ghost: straight to the main queue
+    assert drain(policy)[-2:] == [b"used", bytes([0])]
+
+
+def test_wtinylfu_keeps_what_was_seen_more_often() -> None:
+    policy = load_policy("wtinylfu", 10)
+    for number in range(10):
+        policy.insert(bytes([number]))
+    for number in range(9):
+        policy.hit(bytes([number]))
+    assert policy.evict(none_pinned) == bytes([9])  # seen once, and in the window
+    policy.insert(b"new")
+    for _ in range(3):
+        policy.hit(b"new")
+    assert policy.evict(none_pinned) != b"new"
+    assert b"new" in drain(policy)
 
 
 def test_history_is_void_after_remove() -> None:
