@@ -318,7 +318,7 @@ def latency(report: Report, memcpy: Memcpy, device: torch.device) -> None:
             ours = until_done(partial(engine.copy, way, one, one), 101)
             plain = median(partial(memcpy.start, way, size), 101)
             report.add(
-                "latency of 2 MiB", CHOSEN, way.value, 64 << 10, ours * 1e6, "us", ours / plain
+                "latency of 2 MiB", CHOSEN, way.value, 32 << 10, ours * 1e6, "us", ours / plain
             )
         engine.close()
 

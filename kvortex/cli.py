@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex import __version__
 from kvortex.config import KVortexConfig
 from kvortex.core import ConfigError, KVortexError, TransferError
-from kvortex.plugins import load_policy
+from kvortex.plugins import load_admission, load_policy, policy_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,6 +63,26 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     demo.set_defaults(command=_demo)
 
+    simulate = commands.add_parser(
+        "simulate",
+        help="replay a trace of requests through eviction policies",
+        epilog="kvortex simulate trace.jsonl --policy lru lru_freq --admission adaptive",
+    )
+    simulate.add_argument("trace", type=Path, help="JSON lines with hash_ids and input_length")
+    simulate.add_argument("--policy", nargs="+", metavar="P", help="default: all, and the optimum")
+    simulate.add_argument(
+        "--capacity",
+        default="1%,5%,10%,25%",
+        help="blocks, or shares of the distinct blocks, with commas (default: 1%%,5%%,10%%,25%%)",
+    )
+    simulate.add_argument("--admission", default="always", help="default: %(default)s")
+    simulate.add_argument(
+        "--prefill-tokens-per-s", type=float, help="adds the seconds of prefill that were saved"
+    )
+    simulate.add_argument("--json", action="store_true", help="one JSON object a line")
+    simulate.add_argument("--plot", type=Path, metavar="PNG", help="draw hit rate against capacity")
+    simulate.set_defaults(command=_simulate)
+
     tune = commands.add_parser(
         "tune",
         help="measure which way of copying is fastest on this machine, and keep the result",
@@ -91,6 +112,7 @@ def _read_config(arguments: argparse.Namespace) -> KVortexConfig:
         **{name: getattr(arguments, name) for name in KVortexConfig.model_fields}
     )
     load_policy(config.eviction_policy, capacity=1)
+    load_admission(config.admission, capacity=1)
     return config
 
 
@@ -143,6 +165,26 @@ def _tune(arguments: argparse.Namespace) -> int:
         print(f"kept in {save_calibration(device, calibration)}", file=sys.stderr)
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"the result cannot be kept ({error}); set XDG_CACHE_HOME") from None
+    return 0
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from kvortex.simulation import plot, simulate, table
+    from kvortex.simulator import CLAIRVOYANT
+
+    outcomes = simulate(
+        arguments.trace,
+        arguments.policy or [*policy_names(), CLAIRVOYANT],
+        arguments.capacity.split(","),
+        arguments.admission,
+        _print_progress,
+    )
+    if arguments.json:
+        print("\n".join(json.dumps(outcome.as_dict()) for outcome in outcomes))
+    else:
+        print(table(outcomes, arguments.prefill_tokens_per_s))
+    if arguments.plot is not None:
+        plot(outcomes, arguments.plot)
     return 0
 
 

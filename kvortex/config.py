@@ -37,7 +37,13 @@ class KVortexConfig(BaseModel):
     eviction_policy: str = Field(
         default="lru_freq",
         min_length=1,
-        description="Who chooses the block to forget: lru, lfu, lru_freq, or an installed one.",
+        description="Who chooses the block to forget: lru_freq, lru, lfu, arc, fifo, mq, s3fifo, "
+        "sieve, wtinylfu, or an installed one.",
+    )
+    admission: str = Field(
+        default="adaptive",
+        min_length=1,
+        description="Which new blocks are stored at all: adaptive, always, second_sight, tinylfu.",
     )
 
     def __init__(self, /, **settings: Any) -> None:  # noqa: ANN401  (pydantic's own signature)

@@ -18,6 +18,9 @@ class Counters:
     refused_stores: int = 0
     """Blocks not stored because every slot was in use by a transfer."""
 
+    not_admitted: int = 0
+    """Blocks not stored because the admission filter expects no second use."""
+
     def as_dict(self) -> dict[str, int]:
         """Name to number."""
         return asdict(self)

@@ -6,10 +6,10 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from kvortex.core import ConfigError
-from kvortex.policies import BUILT_IN
+from kvortex.policies import ADMISSIONS, BUILT_IN
 
 if TYPE_CHECKING:
-    from kvortex.policies import EvictionPolicy
+    from kvortex.policies import AdmissionFilter, EvictionPolicy
 
 GROUP = "kvortex.policies"
 
@@ -36,6 +36,17 @@ def load_policy(name: str, capacity: int) -> EvictionPolicy:
     if name in BUILT_IN:  # a checkout that is only on PYTHONPATH has no entry points
         return BUILT_IN[name](capacity)
     raise ConfigError(f"eviction_policy={name!r}: not installed; use {', '.join(policy_names())}")
+
+
+def load_admission(name: str, capacity: int) -> AdmissionFilter:
+    """Make the admission filter of this name for a tier of `capacity` blocks.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in ADMISSIONS:
+        raise ConfigError(f"admission={name!r}: unknown; use {', '.join(sorted(ADMISSIONS))}")
+    return ADMISSIONS[name](capacity)
 
 
 def _make(entry: EntryPoint, capacity: int) -> EvictionPolicy:

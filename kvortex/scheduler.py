@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from kvortex.core import BlockKey
     from kvortex.index import Block
+    from kvortex.policies import Place
     from kvortex.tiers import HostTier
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,12 @@ class OffloadScheduler:
     def wants(self, key: BlockKey) -> bool:
         """Whether a store of the key would add anything: it is neither readable nor arriving."""
         return self.tier.lookup(key) is None and not self.tier.is_arriving(key)
+
+    def admits(self, key: BlockKey, place: Place) -> bool:
+        """Whether a block that it `wants` is worth a slot; to be asked once for each request."""
+        admitted = self.tier.admits(key, place)
+        self.counters.not_admitted += not admitted
+        return admitted
 
     def store(self, keys: Sequence[BlockKey], block_ids: Sequence[int]) -> Job | None:
         """Plan to keep blocks; as many leading ones as slots can be had for.

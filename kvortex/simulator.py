@@ -7,7 +7,8 @@ from collections import defaultdict, deque
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from kvortex.plugins import load_policy
+from kvortex.plugins import load_admission, load_policy
+from kvortex.policies import Place
 from kvortex.tiers import HostTier
 from kvortex.trace import BLOCK_TOKENS
 
@@ -26,6 +27,7 @@ class Outcome:
     """What one policy did with a trace at one size."""
 
     policy: str
+    admission: str
     capacity_blocks: int
     capacity_share: float
     """Of the distinct blocks of the trace."""
@@ -44,7 +46,9 @@ def distinct_blocks(requests: Sequence[Request]) -> int:
     return len({key for request in requests for key in request.keys})
 
 
-def replay(requests: Sequence[Request], policy: str, capacity: int) -> Outcome:
+def replay(
+    requests: Sequence[Request], policy: str, capacity: int, admission: str = "always"
+) -> Outcome:
     """Look each request up, then touch or store its blocks, the last first.
 
     A hit counts only while the chain from the request's start is unbroken.
@@ -53,9 +57,10 @@ def replay(requests: Sequence[Request], policy: str, capacity: int) -> Outcome:
         requests: in order.
         policy: a registered name, or CLAIRVOYANT.
         capacity: of the pool, in blocks.
+        admission: name of a filter.
     """
     bound = policy == CLAIRVOYANT
-    pool = _Clairvoyant(requests, capacity) if bound else _Tier(policy, capacity)
+    pool = _Clairvoyant(requests, capacity) if bound else _Tier(policy, capacity, admission)
     blocks = hit_blocks = tokens = hit_tokens = 0
     for request in requests:
         hits = pool.match(request.keys)
@@ -66,6 +71,7 @@ def replay(requests: Sequence[Request], policy: str, capacity: int) -> Outcome:
         hit_tokens += min(hits * BLOCK_TOKENS, request.tokens)
     return Outcome(
         policy=policy,
+        admission="" if bound else admission,
         capacity_blocks=capacity,
         capacity_share=round(capacity / distinct_blocks(requests), 6),
         block_hit_rate=round(hit_blocks / max(1, blocks), 6),
@@ -78,20 +84,23 @@ def replay(requests: Sequence[Request], policy: str, capacity: int) -> Outcome:
 class _Tier:
     """The connector's own tier with one policy."""
 
-    def __init__(self, policy: str, capacity: int) -> None:
+    def __init__(self, policy: str, capacity: int, admission: str) -> None:
         self.written = 0
-        self._tier = HostTier(capacity, load_policy(policy, capacity))
+        self._tier = HostTier(
+            capacity, load_policy(policy, capacity), load_admission(admission, capacity)
+        )
 
     def match(self, keys: Sequence[BlockKey]) -> int:
         lookup = self._tier.lookup
         return next((i for i, key in enumerate(keys) if lookup(key) is None), len(keys))
 
     def use(self, keys: Sequence[BlockKey]) -> None:
-        tier = self._tier
-        for key in reversed(keys):
+        tier, length = self._tier, len(keys)
+        for position in range(length - 1, -1, -1):
+            key = keys[position]
             if tier.lookup(key) is not None:
                 tier.touch((key,))
-            else:
+            elif tier.admits(key, Place(position, length)):
                 blocks = tier.reserve((key,))
                 tier.commit(blocks)
                 self.written += len(blocks)

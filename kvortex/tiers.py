@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from kvortex.guarded_policy import GuardedPolicy
 from kvortex.index import Block, Index, State
+from kvortex.policies import Always
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from kvortex.core import BlockKey
-    from kvortex.policies import EvictionPolicy
+    from kvortex.policies import AdmissionFilter, EvictionPolicy, Place
 
 
 @dataclass(slots=True)
@@ -30,10 +31,13 @@ class HostTier:
     The policy knows exactly the readable keys. A pinned block is never a victim.
     """
 
-    def __init__(self, num_slots: int, policy: EvictionPolicy) -> None:
+    def __init__(
+        self, num_slots: int, policy: EvictionPolicy, admission: AdmissionFilter | None = None
+    ) -> None:
         self.index = Index(num_slots)
         self.evictions = 0
         self._policy = GuardedPolicy(policy, self.index.keys)
+        self._admission = admission or Always(num_slots)
         self._arriving: dict[BlockKey, _Arrivals] = {}
 
     def lookup(self, key: BlockKey) -> Block | None:
@@ -48,7 +52,12 @@ class HostTier:
         """Count a use of each readable key, the last first, so that a prefix outlives its tail."""
         for key in reversed(keys):
             if self.index.get(key) is not None:
+                self._admission.hit(key)
                 self._policy.hit(key)
+
+    def admits(self, key: BlockKey, place: Place) -> bool:
+        """Whether a block that is not here is worth storing; counts as a use of it."""
+        return self._admission.admit(key, place)
 
     def reserve(self, keys: Iterable[BlockKey]) -> list[Block]:
         """Promise a slot to as many leading keys as slots can be had for, evicting as needed."""

@@ -1,5 +1,7 @@
-"""Eviction policies: who chooses the block to forget. Standard library only."""
+"""Eviction policies and admission filters: which blocks a tier keeps. Standard library only."""
 
+from .adaptive import Adaptive
+from .admission import AdmissionFilter, Always, Place, SecondSight, TinyLFU
 from .arc import ARC
 from .base import EvictionPolicy
 from .fifo import FIFO
@@ -24,7 +26,16 @@ BUILT_IN: dict[str, type[EvictionPolicy]] = {
 }
 """Policies by the names under which the installed package also registers them."""
 
+ADMISSIONS: dict[str, type[AdmissionFilter]] = {
+    "adaptive": Adaptive,
+    "always": Always,
+    "second_sight": SecondSight,
+    "tinylfu": TinyLFU,
+}
+"""Admission filters by name."""
+
 __all__ = [
+    "ADMISSIONS",
     "ARC",
     "BUILT_IN",
     "FIFO",
@@ -32,8 +43,14 @@ __all__ = [
     "LRU",
     "MQ",
     "S3FIFO",
+    "Adaptive",
+    "AdmissionFilter",
+    "Always",
     "EvictionPolicy",
     "LRUFreq",
+    "Place",
+    "SecondSight",
     "Sieve",
+    "TinyLFU",
     "WTinyLFU",
 ]

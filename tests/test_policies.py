@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvortex.plugins import load_policy, policy_names
-from kvortex.policies.lru_freq import CANDIDATES
+from kvortex.policies import ADMISSIONS, Place
+from kvortex.policies.reuse import LEAST_WATCHED, ReuseDistance
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -277,33 +278,86 @@ def test_lru_freq_spares_what_is_used_often() -> None:
     for key in (b"often", b"once", b"new"):
         policy.insert(key)
     policy.hit(b"often")
-    policy.hit(b"new")
-    assert drain(policy) == [b"once", b"often", b"new"]
+    assert drain(policy) == [b"once", b"new", b"often"]
 
 
-def test_lru_freq_survivors_pay_with_a_use() -> None:
-    """Yesterday's favourite leaves after as many rounds as it was used more often."""
-    policy = load_policy("lru_freq", 8)
+def test_lru_freq_remembers_the_uses_of_what_left() -> None:
+    policy = load_policy("lru_freq", 4)
+    policy.insert(b"a")
+    assert policy.evict(none_pinned) == b"a"
+    policy.insert(b"b")
+    policy.insert(b"a")
+    policy.insert(b"c")
+    assert drain(policy) == [b"b", b"c", b"a"]
+
+
+def test_lru_freq_takes_ranks_away_from_what_waits_longer_than_usual() -> None:
+    policy = load_policy("lru_freq", 64)
     policy.insert(b"favourite")
-    for _ in range(3):
+    for _ in range(7):
         policy.hit(b"favourite")
-    for number in range(CANDIDATES):  # it is the oldest of them now
-        policy.insert(bytes([number]))
-    left = []
-    for number in range(100, 110):
-        left.append(policy.evict(none_pinned))
-        policy.insert(bytes([number]))
-    assert left.index(b"favourite") == 3
+    for number in range(64 * 5):  # nothing returns: the usual wait stays at the capacity
+        policy.insert(number.to_bytes(2, "big"))
+        victim = policy.evict(none_pinned)
+        if victim == b"favourite":
+            break
+    assert victim == b"favourite"
+    assert number > 3 * 64  # three ranks, a usual wait each
 
 
-def test_lru_freq_looks_at_the_oldest_only() -> None:
-    policy = load_policy("lru_freq", 99)
-    for number in range(CANDIDATES + 1):
-        policy.insert(bytes([number]))
-    for number in range(CANDIDATES):
-        policy.hit(bytes([number]))
-    policy.insert(b"young and used once")
-    assert policy.evict(none_pinned) == bytes([CANDIDATES])  # now the oldest, and used once
-    assert policy.evict(none_pinned) == bytes(
-        [0]
-    )  # of equals the oldest; the young one is no candidate
+def test_reuse_distance_is_learned_from_first_returns() -> None:
+    reuse = ReuseDistance(1000)
+    assert reuse.typical == 1000
+    for start in range(0, 60_000, 300):
+        keys = [number.to_bytes(4, "big") for number in range(start, start + 300)]
+        for key in [*keys, *keys, *keys]:
+            reuse.access(key)
+    assert 250 <= reuse.typical <= 350
+    assert len(reuse._last) <= LEAST_WATCHED
+
+
+@pytest.mark.parametrize("name", ADMISSIONS)
+@given(accesses=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), max_size=200))
+def test_filters_keep_little(name: str, accesses: list[tuple[int, int]]) -> None:
+    admission = ADMISSIONS[name](4)
+    for number, position in accesses:
+        assert admission.admit(bytes([number]), Place(position, 6)) in (True, False)
+        admission.hit(bytes([number]))
+    assert len(getattr(admission, "_seen", ())) <= 3 * 4
+
+
+@pytest.mark.parametrize("name", ["second_sight", "tinylfu"])
+def test_second_sight_decides(name: str) -> None:
+    admission = ADMISSIONS[name](100)
+    assert not admission.admit(b"a", Place())
+    assert admission.admit(b"a", Place())
+    assert not admission.admit(b"b", Place())
+
+
+def flood(capacity: int, returning: bool) -> list[bool]:
+    """Whether the last of many new requests of eight blocks was stored, block by block."""
+    admission = ADMISSIONS["adaptive"](capacity)
+    for number in range(4000):
+        old = number - 300
+        if returning and old >= 0 and old % 2:
+            for position in range(8):
+                admission.admit(f"{old}.{position}".encode(), Place(position, 9))
+        answers = [admission.admit(f"{number}.{p}".encode(), Place(p, 9)) for p in range(8)]
+    return answers
+
+
+def test_adaptive_stores_what_fits_until_it_returns() -> None:
+    assert all(flood(200_000, returning=True))
+    some = flood(2_000, returning=True)
+    assert not all(some)
+    assert some == sorted(some, reverse=True)  # leading blocks only
+    assert not any(flood(20, returning=True))
+
+
+def test_adaptive_learns_that_last_blocks_do_not_return() -> None:
+    admission = ADMISSIONS["adaptive"](100_000)
+    for number in range(200):
+        for turn in range(2):  # the last block of a turn is not part of the next
+            keys = [f"{number}.{i}".encode() for i in range(4)] + [f"{number}.{turn}e".encode()]
+            stored = [admission.admit(key, Place(i, 5)) for i, key in enumerate(keys)]
+    assert stored == [True, True, True, True, False]

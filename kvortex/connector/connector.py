@@ -21,7 +21,7 @@ from kvortex.connector.stats import CounterDiff, KVortexPromMetrics, KVortexStat
 from kvortex.connector.worker_side import WorkerSide
 from kvortex.core import KVortexError
 from kvortex.host_pool import require_free_memory
-from kvortex.plugins import load_policy
+from kvortex.plugins import load_admission, load_policy
 
 if TYPE_CHECKING:
     import torch
@@ -246,6 +246,7 @@ def _checked_config(extra: dict[str, Any] | None) -> KVortexConfig:
     try:
         config = KVortexConfig.from_extra_config(extra)
         load_policy(config.eviction_policy, capacity=1)
+        load_admission(config.admission, capacity=1)
     except KVortexError as error:
         logger.error("KVortex cannot start: %s", error)
         raise

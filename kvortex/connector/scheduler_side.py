@@ -10,7 +10,8 @@ from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from kvortex.connector.messages import ReportMessage
 from kvortex.core import Direction, StepPlan
 from kvortex.engine import slots_in_pool
-from kvortex.plugins import load_policy
+from kvortex.plugins import load_admission, load_policy
+from kvortex.policies import Place
 from kvortex.scheduler import OffloadScheduler
 from kvortex.tiers import HostTier
 
@@ -52,7 +53,11 @@ class SchedulerSide:
 
     def __init__(self, config: KVortexConfig, geometry: Geometry) -> None:
         num_slots = slots_in_pool(config, geometry.slot_bytes, geometry.num_ranks)
-        tier = HostTier(num_slots, load_policy(config.eviction_policy, num_slots))
+        tier = HostTier(
+            num_slots,
+            load_policy(config.eviction_policy, num_slots),
+            load_admission(config.admission, num_slots),
+        )
         self.offload = OffloadScheduler(tier, geometry.num_ranks)
         self._block_tokens = geometry.block_tokens
         self._pool: BlockPool | None = None
@@ -156,10 +161,12 @@ class SchedulerSide:
         tracked.considered = max(first, last)
         if tracked.stale or self._pool is None:
             return
-        for key, block_id in zip(
-            self._keys(tracked.request, first, last), tracked.block_ids[first:last], strict=False
-        ):
-            if self.offload.wants(key) and not self._pool.blocks[block_id].is_null:
+        keys, length = self._keys(tracked.request, first, last), len(hashes)
+        for position, key in enumerate(keys, first):
+            block_id = tracked.block_ids[position]
+            if self._pool.blocks[block_id].is_null or not self.offload.wants(key):
+                continue
+            if self.offload.admits(key, Place(position, length)):
                 yield key, block_id
 
     def _store(self, pairs: list[tuple[BlockKey, int]]) -> None:

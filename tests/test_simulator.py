@@ -1,0 +1,168 @@
+"""Simulations: the figures known of a real trace, the bound, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvortex.cli import main
+from kvortex.core import ConfigError
+from kvortex.plugins import policy_names
+from kvortex.policies import ADMISSIONS
+from kvortex.simulator import CLAIRVOYANT, distinct_blocks, replay
+from kvortex.trace import Request, read_trace
+
+TRACE = Path(__file__).parents[2] / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
+REAL = pytest.mark.skipif(not TRACE.exists(), reason="the trace is not here")
+
+
+@pytest.fixture(scope="module")
+def conversations() -> list[Request]:
+    return read_trace(TRACE)
+
+
+def trace(*requests: str) -> list[Request]:
+    """Each letter is a block of one token."""
+    return [Request(tuple(letter.encode() for letter in r), len(r)) for r in requests]
+
+
+def test_a_hit_counts_only_in_an_unbroken_chain() -> None:
+    outcome = replay(trace("abc", "abd", "xbc"), "lru", 99)
+    assert outcome.block_hit_rate == round(2 / 9, 6)
+    assert outcome.blocks_written == 5
+    assert outcome.hit_tokens == 3  # of a request with fewer tokens than its blocks hold
+
+
+def test_the_tail_leaves_first() -> None:
+    assert replay(trace("abc", "x", "ab"), "lru", 3).block_hit_rate == round(2 / 6, 6)
+
+
+@given(
+    requests=st.lists(
+        st.text("abcdefgh", min_size=1, max_size=5).map(lambda t: "".join(dict.fromkeys(t))),
+        min_size=1,
+        max_size=40,
+    ),
+    capacity=st.integers(1, 6),
+)
+@settings(max_examples=25)
+def test_no_policy_passes_the_bound_of_single_blocks(requests: list[str], capacity: int) -> None:
+    """With requests of one block each the clairvoyant is the best there is."""
+    single = trace(*"".join(requests))
+    bound = replay(single, CLAIRVOYANT, capacity).block_hit_rate
+    for policy in policy_names():
+        for admission in ADMISSIONS:
+            assert replay(single, policy, capacity, admission).block_hit_rate <= bound
+
+
+@REAL
+@pytest.mark.parametrize(
+    ("policy", "rates"),
+    [
+        ("lru", [0.0525, 0.1958]),
+        ("arc", [0.0649, 0.2102]),
+        ("mq", [0.0619, 0.2217]),
+        ("s3fifo", [0.0750, 0.1874]),
+        ("sieve", [0.0582, 0.1276]),
+        (CLAIRVOYANT, [0.2464, 0.3664]),
+    ],
+)
+def test_figures_that_others_found_too(
+    policy: str, rates: list[float], conversations: list[Request]
+) -> None:
+    blocks = distinct_blocks(conversations)
+    for share, rate in zip((0.01, 0.05), rates, strict=True):
+        assert round(replay(conversations, policy, int(blocks * share)).block_hit_rate, 4) == rate
+
+
+@REAL
+@pytest.mark.parametrize(
+    ("share", "least_hits", "most_written"),
+    [(0.01, 0.107, 0.5), (0.05, 0.217, 0.5), (0.10, 0.288, 1.0), (0.25, 0.350, 1.0)],
+)
+def test_the_default_is_ahead_at_every_size(
+    share: float, least_hits: float, most_written: float, conversations: list[Request]
+) -> None:
+    capacity = int(distinct_blocks(conversations) * share)
+    ours = replay(conversations, "lru_freq", capacity, "adaptive")
+    plain = replay(conversations, "lru", capacity)
+    assert ours.block_hit_rate >= max(least_hits, plain.block_hit_rate)
+    assert ours.blocks_written <= most_written * plain.blocks_written
+
+
+@pytest.mark.parametrize("policy", policy_names())
+def test_the_default_admission_never_starves_a_pool_that_is_large_enough(policy: str) -> None:
+    draw = random.Random(1)
+    names = [tuple(f"{i}.{j}".encode() for j in range(draw.randrange(1, 9))) for i in range(300)]
+    requests = [Request(keys, 1) for keys in [*names, *names]]
+    outcome = replay(requests, policy, 5000, "adaptive")
+    assert outcome.block_hit_rate == 0.5
+
+
+def written(folder: Path, *lines: str) -> str:
+    path = folder / "trace.jsonl"
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+LINES = [json.dumps({"hash_ids": [0, i % 7, 9], "input_length": 1300}) for i in range(40)]
+
+
+def test_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["simulate", written(tmp_path, *LINES), "--capacity", "3,50%", "--policy", "lru"]
+    assert main([*command, "clairvoyant", "--prefill-tokens-per-s", "1000"]) == 0
+    shown = capsys.readouterr()
+    assert [line.split()[:2] for line in shown.out.splitlines()[1:]] == [
+        ["lru", "3"], ["lru", "4"], ["clairvoyant", "3"], ["clairvoyant", "4"],
+    ]  # fmt: skip
+    assert "4 of 4" in shown.err
+
+
+def test_command_prints_one_object_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", written(tmp_path, *LINES), "--json", "--capacity", "5"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["policy"] for row in rows] == [*policy_names(), CLAIRVOYANT]
+    assert all(row["capacity_blocks"] == 5 and row["admission"] in ("", "always") for row in rows)
+    assert {"capacity_share", "block_hit_rate", "token_hit_rate", "blocks_written"} <= set(rows[0])
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "words"),
+    [
+        (["nonsense"], [], ["trace.jsonl:1: not a request", "hash_ids"]),
+        ([LINES[0], '{"hash_ids": [-1]}'], [], ["trace.jsonl:2"]),
+        (["[1, 2]"], [], ["trace.jsonl:1"]),
+        ([], [], ["no request in it has blocks"]),
+        (LINES, ["--capacity", "0"], ["--capacity 0", "like 5%"]),
+        (LINES, ["--capacity", "much"], ["--capacity much"]),
+        (LINES, ["--policy", "mru"], ["eviction_policy='mru'", "lru_freq"]),
+        (LINES, ["--admission", "no"], ["admission='no'", "adaptive"]),
+    ],
+)
+def test_command_refuses_in_one_line(
+    lines: list[str],
+    options: list[str],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["simulate", written(tmp_path, *lines), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words)
+
+
+def test_a_missing_trace_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "/nowhere.jsonl"]) == 2
+    assert "/nowhere.jsonl: cannot be read as a trace" in capsys.readouterr().err
+
+
+def test_no_requests_no_hits() -> None:
+    with pytest.raises(ConfigError, match="no request in it has blocks"):
+        read_trace(Path("/dev/null"))
