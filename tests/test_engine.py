@@ -397,6 +397,7 @@ STATS = {
     "failed_stores",
     "failed_loads",
     "discarded_stores",
+    "not_admitted",
     "refused_stores",
 }
 

@@ -69,7 +69,7 @@ def test_streamed_output_is_equal_and_metrics_show_the_hits(
         ({"ram_pool": 1}, "KVortex cannot start: unknown setting ram_pool=1: the settings are"),
         (
             {"eviction_policy": "mru"},
-            "eviction_policy='mru': not installed; use lfu, lru, lru_freq",
+            "eviction_policy='mru': not installed; use arc, fifo, lfu, lru, lru_freq",
         ),
     ],
 )
