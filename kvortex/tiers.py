@@ -56,8 +56,11 @@ class HostTier:
                 self._policy.hit(key)
 
     def admits(self, key: BlockKey, place: Place) -> bool:
-        """Whether a block that is not here is worth storing; counts as a use of it."""
-        return self._admission.admit(key, place)
+        """Whether a block that is not here is worth storing; counts as a use of it.
+
+        A free slot is taken by whatever comes: to leave it empty serves nobody.
+        """
+        return self._admission.admit(key, place) or self.index.free > 0
 
     def reserve(self, keys: Iterable[BlockKey]) -> list[Block]:
         """Promise a slot to as many leading keys as slots can be had for, evicting as needed."""

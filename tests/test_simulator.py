@@ -98,9 +98,9 @@ def test_the_default_is_ahead_at_every_size(
 @pytest.mark.parametrize("policy", policy_names())
 def test_the_default_admission_never_starves_a_pool_that_is_large_enough(policy: str) -> None:
     draw = random.Random(1)
-    names = [tuple(f"{i}.{j}".encode() for j in range(draw.randrange(1, 9))) for i in range(300)]
+    names = [tuple(f"{i}.{j}".encode() for j in range(draw.randrange(1, 9))) for i in range(3000)]
     requests = [Request(keys, 1) for keys in [*names, *names]]
-    outcome = replay(requests, policy, 5000, "adaptive")
+    outcome = replay(requests, policy, 15_000, "adaptive")
     assert outcome.block_hit_rate == 0.5
 
 

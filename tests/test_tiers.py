@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvortex.policies import LRU
+from kvortex.policies import LRU, AdmissionFilter, Place
 from kvortex.tiers import HostTier
 
 if TYPE_CHECKING:
@@ -193,6 +193,20 @@ def test_forgotten_key_is_a_new_one_to_the_policy() -> None:
     stored(host, A)
     host.reserve([B])
     assert (readable(host), host.evictions) == ([], 1)
+
+
+class _Nothing(AdmissionFilter):
+    def admit(self, key: bytes, place: Place) -> bool:
+        return False
+
+
+def test_admission_is_for_full_pools() -> None:
+    host = HostTier(2, LRU(2), _Nothing(2))
+    assert host.admits(A, Place())
+    stored(host, A, B)
+    assert not host.admits(C, Place())
+    host.clear()
+    assert host.admits(C, Place())
 
 
 def test_clear_spares_what_arrives() -> None:
