@@ -28,7 +28,7 @@ from kvortex.cuda_driver import cuda_driver
 from kvortex.cuda_ticket import CudaTicket
 from kvortex.movers.factory import BUFFER_BYTES, STAGED_PROGRAMS
 from kvortex.spsc import SpscRing
-from kvortex.tune import Rig, rig
+from kvortex.tune import Rig, median_seconds, rig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,22 +89,6 @@ class Memcpy:
         self.start(LOAD)
 
 
-def samples(work: Callable[[], object], rounds: int = 5) -> list[float]:
-    """Sorted seconds until the GPU is done, after a round that is not counted."""
-    times = []
-    for _ in range(rounds + 1):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return sorted(times[1:])
-
-
-def median(work: Callable[[], object], rounds: int = 5) -> float:
-    return statistics.median(samples(work, rounds))
-
-
 def until_done(work: Callable[[], Ticket], rounds: int = 5) -> float:
     """Median seconds until a ticket is done; the thread that submits is not seen by CUDA."""
 
@@ -113,7 +97,7 @@ def until_done(work: Callable[[], Ticket], rounds: int = 5) -> float:
         while not ticket.done:
             pass
 
-    return median(wait, rounds)
+    return median_seconds(wait, rounds)
 
 
 def page_loop(rig_: Rig, way: Direction, count: int) -> None:
@@ -200,7 +184,7 @@ def bandwidth(report: Report, memcpy: dict[str, float], device: torch.device, pa
                 if mover in lane.movers:
                     paths[f"{CHOSEN} {mover}"] = (partial(machine_.start, lane, count), count)
             for path, (work, count) in paths.items():
-                speed = min(count, machine_.num_blocks) * block_bytes / median(work, 3)
+                speed = min(count, machine_.num_blocks) * block_bytes / median_seconds(work, 3)
                 report.add(
                     "bandwidth",
                     path,
@@ -238,7 +222,7 @@ def as_calibrated(report: Report, memcpy: dict[str, float], machine_: Rig, page:
         while not all(ticket.done for ticket in tickets):
             pass
 
-    speed = machine_.nbytes / median(both)
+    speed = machine_.nbytes / median_seconds(both)
     report.add("bandwidth", CHOSEN, "both", page, speed / 1e9, "GB/s", speed / memcpy["both"])
     whole = until_done(partial(engine.copy, LOAD, ids, slots))
     layers = until_done(lambda: engine.load_layers(ids, slots)[-1])
@@ -316,7 +300,7 @@ def latency(report: Report, memcpy: Memcpy, device: torch.device) -> None:
         one, size = machine_.block_ids[:1], machine_.pool.slot_bytes
         for way in Direction:
             ours = until_done(partial(engine.copy, way, one, one), 101)
-            plain = median(partial(memcpy.start, way, size), 101)
+            plain = median_seconds(partial(memcpy.start, way, size), 101)
             report.add(
                 "latency of 2 MiB", CHOSEN, way.value, 32 << 10, ours * 1e6, "us", ours / plain
             )
@@ -375,7 +359,7 @@ def staged_share(machine_: Rig) -> float:
     """Programs' time over the copy's duration, on all SMs: a grid holds one SM a program."""
     lane = machine_.lane(STORE, STAGED, 8)
     mover: Any = lane.movers[STAGED]
-    whole = median(partial(machine_.start, lane))
+    whole = median_seconds(partial(machine_.start, lane))
     count = BUFFER_BYTES // machine_.pool.slot_bytes
     rows = mover._near_ids.data_ptr()
     stream = torch.cuda.current_stream().cuda_stream
@@ -421,10 +405,10 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     report = Report(machine() | {"commit": args.commit})
     plain = Memcpy(device)
-    memcpy = {way.value: GIB / median(partial(plain.start, way)) for way in Direction}
-    memcpy["both"] = 2 * GIB / median(plain.both)
+    memcpy = {way.value: GIB / median_seconds(partial(plain.start, way)) for way in Direction}
+    memcpy["both"] = 2 * GIB / median_seconds(plain.both)
     for way in Direction:
-        seconds = median(partial(plain.start, way, SLOW_PATH_BYTES), 9)
+        seconds = median_seconds(partial(plain.start, way, SLOW_PATH_BYTES), 9)
         memcpy[f"{way.value} 64 MiB"] = SLOW_PATH_BYTES / seconds
     for name, speed in memcpy.items():
         way_name, _, less = name.partition(" ")

@@ -40,11 +40,8 @@ class Choice:
 
     def mover(self, nbytes: int, busy: bool) -> str:
         """Name of the mover for a copy of so many bytes."""
-        return (
-            self.large
-            if nbytes >= (self.busy_from_bytes if busy else self.from_bytes)
-            else self.small
-        )
+        border = self.busy_from_bytes if busy else self.from_bytes
+        return self.large if nbytes >= border else self.small
 
 
 @dataclass(frozen=True, slots=True)

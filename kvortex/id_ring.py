@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 ROW_BYTES = 16
 FEW = 8
 """Up to here single numbers are written faster than numpy is called."""
-
-
 MANY = 64
 """Up to here nobody looks whether copies ended: that costs time, and nothing is short of rows."""
 

@@ -23,11 +23,11 @@ RUN_BYTES = 32
 PARAMETERS = struct.Struct("@PPPiiii")
 
 
-def tiling_of(runs: torch.Tensor, slot_bytes: int, tile_bytes: int = TILE_BYTES) -> Tiling:
+def tiling_of(runs: torch.Tensor, slot_bytes: int) -> Tiling:
     """Cut a layout, given by its run table (see `Layout.run_table`), into tiles of equal size."""
     word = _common_word(runs, slot_bytes)
     longest = max(1, int(runs[:, 3].max()) // word)
-    tile_words = tile_bytes // 8
+    tile_words = TILE_BYTES // 8
     chunk_words = min(tile_words, 1 << (longest - 1).bit_length())
     rows = tile_words // chunk_words
     threads = rows * chunk_words * word // THREAD_BYTES

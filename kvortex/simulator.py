@@ -63,7 +63,8 @@ def replay(
     pool = _Clairvoyant(requests, capacity) if bound else _Tier(policy, capacity, admission)
     blocks = hit_blocks = tokens = hit_tokens = 0
     for request in requests:
-        hits = pool.match(request.keys)
+        keys = request.keys
+        hits = next((i for i, key in enumerate(keys) if key not in pool), len(keys))
         pool.use(request.keys)
         blocks += len(request.keys)
         hit_blocks += hits
@@ -90,15 +91,14 @@ class _Tier:
             capacity, load_policy(policy, capacity), load_admission(admission, capacity)
         )
 
-    def match(self, keys: Sequence[BlockKey]) -> int:
-        lookup = self._tier.lookup
-        return next((i for i, key in enumerate(keys) if lookup(key) is None), len(keys))
+    def __contains__(self, key: BlockKey) -> bool:
+        return self._tier.lookup(key) is not None
 
     def use(self, keys: Sequence[BlockKey]) -> None:
         tier, length = self._tier, len(keys)
         for position in range(length - 1, -1, -1):
             key = keys[position]
-            if tier.lookup(key) is not None:
+            if key in self:
                 tier.touch((key,))
             elif tier.admits(key, Place(position, length)):
                 blocks = tier.reserve((key,))
@@ -123,8 +123,8 @@ class _Clairvoyant:
         self._farthest: list[tuple[int, int, BlockKey]] = []
         self._never = len(requests)
 
-    def match(self, keys: Sequence[BlockKey]) -> int:
-        return next((i for i, key in enumerate(keys) if key not in self._next), len(keys))
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._next
 
     def use(self, keys: Sequence[BlockKey]) -> None:
         for position in range(len(keys) - 1, -1, -1):

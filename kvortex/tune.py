@@ -100,24 +100,30 @@ class Rig:
 
     def seconds(self, work: Callable[[], object], rounds: int = ROUNDS) -> float:
         """Median time of something that starts copies, until the GPU is done with them."""
-        return self.samples(work, rounds)[rounds // 2]
-
-    def samples(self, work: Callable[[], object], rounds: int = ROUNDS) -> list[float]:
-        """Sorted times, after one round that is not counted."""
-        times = []
-        for _ in range(rounds + 1):
-            torch.cuda.synchronize(self._device)
-            began = time.perf_counter()
-            work()
-            torch.cuda.synchronize(self._device)
-            times.append(time.perf_counter() - began)
-        return sorted(times[1:])
+        return median_seconds(work, rounds, self._device)
 
     def close(self) -> None:
         """Give everything back."""
         torch.cuda.synchronize(self._device)
         self.events.close()
         self.pool.close()
+
+
+def median_seconds(
+    work: Callable[[], object], rounds: int = ROUNDS, device: torch.device | None = None
+) -> float:
+    """Median time until the GPU, by default the current one, is done with what `work` starts.
+
+    One round before is not counted.
+    """
+    times = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
 
 
 @contextmanager

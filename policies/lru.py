@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import TYPE_CHECKING
-
-from .base import EvictionPolicy
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from .fifo import FIFO
 
 
-class LRU(EvictionPolicy):
-    """Least recently used; every verb is O(1), `evict` but for the pinned keys it passes over."""
+class LRU(FIFO):
+    """Least recently used: a queue in which a use is as good as an insertion.
 
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
-        self._order: OrderedDict[bytes, None] = OrderedDict()
-
-    def insert(self, key: bytes) -> None:
-        self._order[key] = None
+    Every verb is O(1), `evict` but for the pinned keys it passes over.
+    """
 
     def hit(self, key: bytes) -> None:
         self._order.move_to_end(key)
-
-    def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:
-        victim = next((key for key in self._order if not pinned(key)), None)
-        if victim is not None:
-            del self._order[victim]
-        return victim
-
-    def remove(self, key: bytes) -> None:
-        del self._order[key]

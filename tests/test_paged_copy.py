@@ -47,16 +47,20 @@ class Setup:
         return [self.whole_host.clone(), *(memory.cpu().clone() for memory in memories.values())]
 
     def with_kernel(self, moves: list[tuple[int, int]], *, store: bool) -> None:
-        device = self.layout.device
         ids = torch.tensor(moves, dtype=torch.int64).reshape(-1, 2)
+        self.with_ids(ids, len(moves), store=store)
+
+    def with_ids(self, ids: torch.Tensor, count: int, *, store: bool, dense: bool = False) -> None:
+        device = self.layout.device
         paged_copy(
             self.layout.run_table().to(device),
             ids.pin_memory() if device.type == "cuda" else ids,
             self.host,
-            len(moves),
+            count,
             self.tiling,
             store=store,
             programs=self.programs,
+            dense=dense,
         )
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -175,18 +179,7 @@ def test_dense_copies_ignore_the_slots(place: torch.device) -> None:
     kernel, loops = setup(HND, place), setup(HND, place)
     ids = torch.tensor([[4, 99], [0, -1], [2, 1 << 40]])
     for store in (True, False):
-        paged_copy(
-            kernel.layout.run_table().to(place),
-            ids.pin_memory() if place.type == "cuda" else ids,
-            kernel.host,
-            3,
-            kernel.tiling,
-            store=store,
-            programs=2,
-            dense=True,
-        )
-        if place.type == "cuda":
-            torch.cuda.synchronize()
+        kernel.with_ids(ids, 3, store=store, dense=True)
         loops.with_loops([(4, 0), (0, 1), (2, 2)], store=store)
         for ours, theirs in zip(kernel.everything(), loops.everything(), strict=True):
             assert torch.equal(ours, theirs)
@@ -226,16 +219,6 @@ def test_only_the_first_ids_count(place: torch.device) -> None:
     """The id page is longer than the list; what an earlier copy left in it must not be read."""
     kernel, loops = setup(HND, place), setup(HND, place)
     ids = torch.tensor([[1, 2], [99, 99], [-7, 1 << 40]])
-    paged_copy(
-        kernel.layout.run_table().to(place),
-        ids.pin_memory() if place.type == "cuda" else ids,
-        kernel.host,
-        1,
-        kernel.tiling,
-        store=True,
-        programs=kernel.programs,
-    )
-    if place.type == "cuda":
-        torch.cuda.synchronize()
+    kernel.with_ids(ids, 1, store=True)
     loops.with_loops([(1, 2)], store=True)
     assert torch.equal(kernel.whole_host, loops.whole_host)

@@ -99,9 +99,10 @@ def test_capacity_is_told(name: str) -> None:
     assert load_policy(name, 123).capacity == 123
 
 
+@pytest.mark.parametrize("name", ["lru", "fifo"])
 @given(steps=STEPS)
-def test_lru_equals_a_list(steps: list[Step]) -> None:
-    policy, order = load_policy("lru", 8), []
+def test_queues_equal_a_list(name: str, steps: list[Step]) -> None:
+    policy, order = load_policy(name, 8), list[bytes]()
     for verb, number, pinned in steps:
         key = bytes([number])
         if verb == "insert" and key not in order:
@@ -109,7 +110,8 @@ def test_lru_equals_a_list(steps: list[Step]) -> None:
             order.append(key)
         elif verb == "hit" and key in order:
             policy.hit(key)
-            order.append(order.pop(order.index(key)))
+            if name == "lru":
+                order.append(order.pop(order.index(key)))
         elif verb == "remove" and key in order:
             policy.remove(key)
             order.remove(key)
@@ -143,25 +145,6 @@ def test_lfu_equals_a_table_of_weights(steps: list[Step]) -> None:
             if expected is not None:
                 del uses[expected], weight[expected]
     assert drain(policy) == sorted(weight, key=lambda k: (weight[k], since[k]))
-
-
-@given(steps=STEPS)
-def test_fifo_equals_a_list(steps: list[Step]) -> None:
-    policy, order = load_policy("fifo", 8), list[bytes]()
-    for verb, number, pinned in steps:
-        key = bytes([number])
-        if verb in ("insert", "hit") and (key in order) == (verb == "hit"):
-            getattr(policy, verb)(key)
-            order += [key] if verb == "insert" else []
-        elif verb == "remove" and key in order:
-            policy.remove(key)
-            order.remove(key)
-        elif verb == "evict":
-            expected = next((k for k in order if k[0] not in pinned), None)
-            assert policy.evict(among(pinned)) == expected
-            if expected is not None:
-                order.remove(expected)
-    assert drain(policy) == order
 
 
 @given(steps=STEPS)

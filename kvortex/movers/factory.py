@@ -62,26 +62,24 @@ def open_movers(
         movers[ZERO_COPY] = ZeroCopyMover(kernel, programs, slots, ids)
     if DMA in names:
         movers[DMA] = DmaMover(direction, runs, slots, pool.slot_bytes)
-    if STAGED in names and (buffers := _buffers(layout, pool, ids)) is not None:
-        kernel = PagedKernel(on_gpu, buffers[0], tiling, direction, ids.rows, dense=True)
-        movers[STAGED] = StagedMover(
-            kernel, direction, buffers, STAGED_PROGRAMS, slots, ids, events
-        )
+    if STAGED in names:
+        try:
+            buffers = _buffers(layout, pool)
+            kernel = PagedKernel(on_gpu, buffers[0], tiling, direction, ids.rows, dense=True)
+            movers[STAGED] = StagedMover(
+                kernel, direction, buffers, STAGED_PROGRAMS, slots, ids, events
+            )
+        except torch.OutOfMemoryError:
+            logger.warning(
+                "No %d MiB are left on %s for staging; large copies will be slower. "
+                "Lower gpu_memory_utilization to have them.",
+                BUFFERS * BUFFER_BYTES >> 20,
+                layout.device,
+            )
     return movers
 
 
-def _buffers(layout: Layout, pool: HostPool, ids: IdRing) -> torch.Tensor | None:
+def _buffers(layout: Layout, pool: HostPool) -> torch.Tensor:
     blocks = min(pool.num_slots, max(1, BUFFER_BYTES // pool.slot_bytes))
-    size = BUFFERS * blocks * pool.slot_bytes
-    try:
-        torch.empty(size + ids.rows.nbytes, dtype=torch.uint8, device=layout.device)
-        flat = torch.zeros(size, dtype=torch.uint8, device=layout.device)
-    except torch.OutOfMemoryError:
-        logger.warning(
-            "No %d MiB are left on %s for staging; large copies will be slower. "
-            "Lower gpu_memory_utilization to have them.",
-            size >> 20,
-            layout.device,
-        )
-        return None
-    return flat.view(BUFFERS, blocks, pool.slot_bytes)
+    shape = (BUFFERS, blocks, pool.slot_bytes)
+    return torch.zeros(shape, dtype=torch.uint8, device=layout.device)
