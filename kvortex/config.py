@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -45,6 +45,14 @@ class KVortexConfig(BaseModel):
         min_length=1,
         description="Which new blocks are stored at all: adaptive, always, second_sight, tinylfu.",
     )
+    load: Literal["auto", "always"] = Field(
+        default="auto",
+        description="auto loads a hit where that takes less time than to compute it, by what was "
+        "measured of the link and of prefill; always loads every hit.",
+    )
+    min_load_tokens: int = Field(
+        default=0, ge=0, description="A shorter hit is computed, whatever `load` says."
+    )
 
     def __init__(self, /, **settings: Any) -> None:  # noqa: ANN401  (pydantic's own signature)
         try:
@@ -57,7 +65,7 @@ class KVortexConfig(BaseModel):
         """Read vLLM's `kv_connector_extra_config`."""
         return cls(**{str(key): value for key, value in (extra or {}).items()})
 
-    @field_validator("ram_pool_gb", "num_cuda_streams", mode="before")
+    @field_validator("ram_pool_gb", "num_cuda_streams", "min_load_tokens", mode="before")
     @classmethod
     def _is_no_truth_value(cls, value: object) -> object:
         if isinstance(value, bool):

@@ -14,6 +14,8 @@ from kvortex.core import Direction, TransferError
 from kvortex.triton_kernels.reference import paged_copy_reference
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvortex.core import BlockIds
     from kvortex.host_pool import HostPool
     from kvortex.layout import Layout
@@ -37,7 +39,12 @@ class Ticket(ABC):
 
 
 class CopyEngine(ABC):
-    """Copies whole blocks of one layout. Ids and slots are trusted: callers check them."""
+    """Copies whole blocks of one layout. Ids and slots are trusted: callers check them.
+
+    `load_bytes_per_s` is how fast loads were when last measured, None if nobody measured.
+    """
+
+    load_bytes_per_s: float | None = None
 
     def __init__(self, layout: Layout, pool: HostPool) -> None:
         self.layout = layout
@@ -51,6 +58,14 @@ class CopyEngine(ABC):
             direction: STORE from the KV tensors to the slots, LOAD back.
             block_ids: int64 (n,).
             slots: int64 (n,).
+
+        Raises:
+            TransferError: nothing is under way, though some bytes may have been written.
+        """
+
+    @abstractmethod
+    def load_layers(self, block_ids: BlockIds, slots: BlockIds) -> Sequence[Ticket]:
+        """Start loading blocks in the order of the layout's pages; a ticket for each page.
 
         Raises:
             TransferError: nothing is under way, though some bytes may have been written.
@@ -86,6 +101,9 @@ class CpuCopyEngine(CopyEngine):
                 f"{direction.value} of {len(ids)} blocks failed: {error}"
             ) from error
         return _Arrived()
+
+    def load_layers(self, block_ids: BlockIds, slots: BlockIds) -> Sequence[Ticket]:
+        return [self.copy(Direction.LOAD, block_ids, slots)] * len(self.layout.pages)
 
     def fence(self, ticket: Ticket) -> None:
         """Nothing to do: copies are done when `copy` returns."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,6 +72,8 @@ class Job:
     id: int
     block_ids: BlockIds
     slots: BlockIds
+    request_id: str | None = None
+    """Of a load for which no forward waits: its request runs once every rank has told its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,9 @@ class StepPlan:
     stores: tuple[Job, ...] = ()
     has_forward: bool = True
     """Whether the model runs in this step; stores then wait for what it computes."""
+    by_layer: bool = False
+    """Whether this step computes enough to hide its loads behind: then each layer waits for its
+    own part of them only."""
     lost_block_ids: tuple[int, ...] = ()
     """GPU blocks that were promised a load whose source is gone; they must be recomputed."""
 
@@ -91,22 +96,37 @@ class StepReport:
     """What workers finished since their last report.
 
     `finished` counts, per job, the ranks that are done with it; `failed` names the jobs that
-    failed on at least one of them. `num_slots` is the smallest number of slots in their pools;
-    a worker tells it once, in its first report.
+    failed on at least one of them. `num_slots` is the smallest number of slots in their pools and
+    `load_bytes_per_s` the slowest link; a worker tells them once, in its first report.
     """
 
     finished: dict[int, int] = field(default_factory=dict)
     failed: frozenset[int] = frozenset()
     num_slots: int | None = None
+    load_bytes_per_s: float | None = None
+    unwaited_layers: int = 0
+    """Layers that ran though their load was not known to have ended."""
 
     def merge(self, other: StepReport) -> StepReport:
         """The report of both ranks together."""
         finished = dict(self.finished)
         for job_id, ranks in other.finished.items():
             finished[job_id] = finished.get(job_id, 0) + ranks
-        told = [n for n in (self.num_slots, other.num_slots) if n is not None]
-        return StepReport(finished, self.failed | other.failed, min(told, default=None))
+        return StepReport(
+            finished,
+            self.failed | other.failed,
+            _least(self.num_slots, other.num_slots),
+            _least(self.load_bytes_per_s, other.load_bytes_per_s),
+            self.unwaited_layers + other.unwaited_layers,
+        )
 
     def __bool__(self) -> bool:
         """Whether it tells anything."""
-        return bool(self.finished) or self.num_slots is not None
+        return self != StepReport()
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _least(one: Number | None, other: Number | None) -> Number | None:
+    return min((n for n in (one, other) if n is not None), default=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ID_ROWS = 65536
+LAUNCH_BYTES = 4 << 20
+"""A launch costs the host about 10 us, in which an H200's link carries half a MiB."""
+PROBE_BYTES = 64 << 20
 MOST_CHUNKS = (1 << 31) - (1 << 24)
 """The kernel counts the chunks of a launch in 32 bits."""
 
@@ -59,6 +63,7 @@ class CudaCopyEngine(CopyEngine):
             raise TransferError(f"this GPU cannot run KVortex's copies: {error}") from error
 
     def _open(self, num_streams: int) -> None:
+        self._page_runs = self.layout.page_runs()
         self._driver = cuda_driver()
         self._context = self._driver.current_context()
         self._thread = threading.get_ident()
@@ -86,22 +91,34 @@ class CudaCopyEngine(CopyEngine):
         return ticket
 
     def load_layers(self, block_ids: BlockIds, slots: BlockIds) -> list[CudaTicket]:
-        """Start loading blocks page by page, in the layout's order; a ticket for each page.
+        """Neighbouring pages share a launch, and its ticket, until it carries LAUNCH_BYTES.
 
         More blocks than one launch takes are loaded whole: every page then has the same ticket.
-
-        Raises:
-            TransferError: nothing is under way, though some bytes may have been written.
         """
         with self._at_home():
             try:
-                lane, pages = self._lanes[Direction.LOAD], self.layout.page_runs()
-                tickets = lane.submit_runs(block_ids, slots, self._before(), pages)
+                lane, parts = self._lanes[Direction.LOAD], self._parts(len(block_ids))
+                runs = [range(part[0].start, part[-1].stop) for part in parts]
+                tickets = lane.submit_runs(block_ids, slots, self._before(), runs)
+                of_pages = zip(parts, tickets, strict=True)
+                tickets = [ticket for part, ticket in of_pages for _ in part]
             except Exception as error:  # noqa: BLE001  (a load was promised, whatever it was)
                 plain = self._load_plainly(block_ids, slots, error)
                 tickets = [plain] * len(self.layout.pages)
         self._last[Direction.LOAD] = tickets[-1]
         return tickets
+
+    def _parts(self, num_blocks: int) -> list[list[range]]:
+        """Pages, each as its rows of the run table, that are loaded by one launch."""
+        parts: list[list[range]] = []
+        room = 0
+        for page, runs in zip(self.layout.pages, self._page_runs, strict=True):
+            if room <= 0:
+                parts.append([])
+                room = LAUNCH_BYTES
+            parts[-1].append(runs)
+            room -= page.nbytes * num_blocks
+        return parts
 
     def fence(self, ticket: Ticket) -> None:
         assert isinstance(ticket, CudaTicket)
@@ -201,6 +218,16 @@ class CudaCopyEngine(CopyEngine):
             lane = self._lanes[direction]
             for mover in lane.movers:
                 lane.submit(mover, first, first, self._before()).wait()
+        self.load_bytes_per_s = self._measure_loads()
+
+    def _measure_loads(self) -> float:
+        """Bytes per second of a load of up to PROBE_BYTES. Every block stays as it is."""
+        most = max(1, PROBE_BYTES // self.pool.slot_bytes)
+        some = np.arange(min(most, self.pool.num_slots, self.layout.num_blocks))
+        self._submit(Direction.STORE, some, some).wait()
+        began = time.perf_counter()
+        self._submit(Direction.LOAD, some, some).wait()
+        return len(some) * self.pool.slot_bytes / (time.perf_counter() - began)
 
     def _describe(self, origin: str) -> str:
         told = [

@@ -47,11 +47,16 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All pages of a block over all layers; a slot holds them one after the other."""
+    """All pages of a block over all layers; a slot holds them one after the other.
+
+    `pages_of` names the pages of each layer by their number; layers that share one KV cache have
+    the same.
+    """
 
     pages: tuple[Page, ...]
     num_blocks: int
     slot_bytes: int
+    pages_of: Mapping[str, tuple[int, ...]]
 
     @property
     def device(self) -> torch.device:
@@ -90,33 +95,34 @@ def make_layout(
     Raises:
         LayoutError: no tensors, several devices, or a geometry that cannot be copied by blocks.
     """
-    named = list(_tensors(kv_caches))
+    owners = [(layer, *part) for layer, value in kv_caches.items() for part in _parts(layer, value)]
+    named = [(name, tensor) for _, name, tensor in owners]
     if not named:
         raise LayoutError("no KV tensors to work on: kv_caches is empty")
     blocks = num_blocks if num_blocks is not None else _common_blocks(named)
     pages: list[Page] = []
-    seen: set[tuple[object, ...]] = set()
+    numbers: dict[tuple[object, ...], int] = {}
+    pages_of: dict[str, tuple[int, ...]] = {}
     end = 0
-    for name, tensor in named:
+    for layer, name, tensor in owners:
         view = _byte_view(name, tensor, blocks)
         identity = (view.data_ptr(), view.shape, view.stride())
-        if identity in seen:  # layers that share one KV cache
-            continue
-        seen.add(identity)
-        pages.append(Page(name, view, end))
-        end += -(-pages[-1].nbytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+        if identity not in numbers:  # layers may share one KV cache
+            numbers[identity] = len(pages)
+            pages.append(Page(name, view, end))
+            end += -(-pages[-1].nbytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+        pages_of[layer] = (*pages_of.get(layer, ()), numbers[identity])
     _require_one_device(pages)
-    return Layout(tuple(pages), blocks, end)
+    return Layout(tuple(pages), blocks, end, pages_of)
 
 
-def _tensors(
-    kv_caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]],
+def _parts(
+    layer: str, value: torch.Tensor | Sequence[torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in kv_caches.items():
-        if isinstance(value, torch.Tensor):
-            yield name, value
-        else:
-            yield from ((f"{name}[{i}]", tensor) for i, tensor in enumerate(value))
+    if isinstance(value, torch.Tensor):
+        yield layer, value
+    else:
+        yield from ((f"{layer}[{i}]", tensor) for i, tensor in enumerate(value))
 
 
 def _common_blocks(named: list[tuple[str, torch.Tensor]]) -> int:

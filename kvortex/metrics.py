@@ -21,6 +21,9 @@ class Counters:
     not_admitted: int = 0
     """Blocks not stored because the admission filter expects no second use."""
 
+    unwaited_layers: int = 0
+    """Layers that ran before their load was known to have ended; none ever should."""
+
     def as_dict(self) -> dict[str, int]:
         """Name to number."""
         return asdict(self)

@@ -56,13 +56,6 @@ class OffloadScheduler:
         """Whether a job is planned or under way."""
         return bool(self._flights)
 
-    def match(self, keys: Sequence[BlockKey]) -> int:
-        """How many leading keys are readable."""
-        for count, key in enumerate(keys):
-            if self.tier.lookup(key) is None:
-                return count
-        return len(keys)
-
     def wants(self, key: BlockKey) -> bool:
         """Whether a store of the key would add anything: it is neither readable nor arriving."""
         return self.tier.lookup(key) is None and not self.tier.is_arriving(key)
@@ -82,8 +75,16 @@ class OffloadScheduler:
         self.counters.refused_stores += len(keys) - len(blocks)
         return self._plan(Direction.STORE, blocks, block_ids[: len(blocks)]) if blocks else None
 
-    def load(self, keys: Sequence[BlockKey], block_ids: Sequence[int]) -> Job | None:
-        """Plan to bring readable blocks back; ids whose key is gone are reported as lost."""
+    def load(
+        self, keys: Sequence[BlockKey], block_ids: Sequence[int], request_id: str | None = None
+    ) -> Job | None:
+        """Plan to bring readable blocks back; ids whose key is gone are reported as lost.
+
+        Args:
+            keys: of the blocks.
+            block_ids: where to, for each key.
+            request_id: who is told when they are there, while no forward waits for them.
+        """
         found = [
             (self.tier.lookup(key), block_id) for key, block_id in zip(keys, block_ids, strict=True)
         ]
@@ -91,12 +92,14 @@ class OffloadScheduler:
         blocks = [block for block, _ in found if block is not None]
         self.tier.pin(blocks)
         ids = [block_id for block, block_id in found if block is not None]
-        return self._plan(Direction.LOAD, blocks, ids) if blocks else None
+        if not blocks and request_id is None:
+            return None
+        return self._plan(Direction.LOAD, blocks, ids, request_id)
 
-    def take_plan(self, has_forward: bool = True) -> StepPlan:
+    def take_plan(self, has_forward: bool = True, by_layer: bool = False) -> StepPlan:
         """Everything planned since the last call, for the workers."""
         loads, stores = self._new[Direction.LOAD], self._new[Direction.STORE]
-        plan = StepPlan(tuple(loads), tuple(stores), has_forward, tuple(self._lost))
+        plan = StepPlan(tuple(loads), tuple(stores), has_forward, by_layer, tuple(self._lost))
         self._new = {Direction.STORE: [], Direction.LOAD: []}
         self._lost = []
         return plan
@@ -104,14 +107,17 @@ class OffloadScheduler:
     def settle(self, report: StepReport) -> list[Flight]:
         """Take in what workers finished; returns the jobs that every rank is done with.
 
-        A failed load means that the model may have computed from wrong bytes: every store then
-        under way is discarded when it arrives.
+        From a failed load that some forward needed, the model may have computed on wrong bytes:
+        every store then under way is discarded when it arrives.
         """
         if report.num_slots is not None:
             self.tier.index.limit(report.num_slots)
+        if report.unwaited_layers:
+            self.counters.unwaited_layers += report.unwaited_layers
+            self.discard_stores()
         for job_id in report.failed & self._flights.keys():
             self._flights[job_id].failed = True
-        if any(self._is_failed_load(job_id) for job_id in report.failed):
+        if any(self._misled_a_forward(job_id) for job_id in report.failed):
             self.discard_stores()
         done = [
             flight for job_id, n in report.finished.items() if (flight := self._land(job_id, n))
@@ -130,17 +136,27 @@ class OffloadScheduler:
         self.discard_stores()
         self.tier.clear()
 
-    def _plan(self, direction: Direction, blocks: list[Block], ids: Sequence[int]) -> Job:
+    def _plan(
+        self,
+        direction: Direction,
+        blocks: list[Block],
+        ids: Sequence[int],
+        request_id: str | None = None,
+    ) -> Job:
         slots = np.fromiter((block.slot for block in blocks), np.int64, len(blocks))
-        job = Job(self._next_job_id, np.asarray(ids, np.int64), slots)
+        job = Job(self._next_job_id, np.asarray(ids, np.int64), slots, request_id)
         self._next_job_id += 1
         self._flights[job.id] = Flight(job, direction, blocks, self._num_ranks)
         self._new[direction].append(job)
         return job
 
-    def _is_failed_load(self, job_id: int) -> bool:
+    def _misled_a_forward(self, job_id: int) -> bool:
         flight = self._flights.get(job_id)
-        return flight is not None and flight.direction is Direction.LOAD
+        return (
+            flight is not None
+            and flight.direction is Direction.LOAD
+            and flight.job.request_id is None
+        )
 
     def _land(self, job_id: int, ranks: int) -> Flight | None:
         """Count ranks off; the flight if this was the last one."""

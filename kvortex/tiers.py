@@ -10,7 +10,7 @@ from kvortex.index import Block, Index, State
 from kvortex.policies import Always
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Container, Iterable, Sequence
 
     from kvortex.core import BlockKey
     from kvortex.policies import AdmissionFilter, EvictionPolicy, Place
@@ -43,6 +43,11 @@ class HostTier:
     def lookup(self, key: BlockKey) -> Block | None:
         """The readable block of a key; does not count as a use."""
         return self.index.get(key)
+
+    @property
+    def readable(self) -> Container[BlockKey]:
+        """The readable keys, as they are at any time."""
+        return self.index.keys
 
     def is_arriving(self, key: BlockKey) -> bool:
         """Whether a store of the key is under way."""

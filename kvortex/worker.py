@@ -10,9 +10,10 @@ import numpy as np
 
 from kvortex.copy_engine import CpuCopyEngine
 from kvortex.core import Direction, Job, StepPlan, StepReport, TransferError
+from kvortex.layer_gate import LayerGate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from kvortex.copy_engine import CopyEngine, Ticket
     from kvortex.host_pool import HostPool
@@ -31,49 +32,93 @@ class _Launch:
 
 
 class Worker:
-    """Per step: `begin` before the model runs, `store` after it was launched, `report` at the end.
+    """Per step: `begin` before the model runs, `pass_layer` as each of its layers does, `store`
+    after it was launched, `report` at the end.
 
     Never waits for the GPU and never raises for a copy that failed: that is data in the report.
     """
 
     def __init__(self, copy_engine: CopyEngine) -> None:
         self._copy_engine = copy_engine
+        self._gate = LayerGate(copy_engine.layout.pages_of, copy_engine.fence)
         self._stores: tuple[Job, ...] = ()
         self._launches: list[_Launch] = []
         self._finished: dict[int, int] = {}
         self._failed: set[int] = set()
         self._bad_blocks: set[int] = set()
+        self._misled = False
+        self._arrived: set[str] = set()
+        self._failed_requests: set[str] = set()
+        self._unwaited_layers = 0
         self._logged = False
-        self._slots_to_tell: int | None = copy_engine.pool.num_slots
+        self._to_tell: tuple[int | None, float | None] = (
+            copy_engine.pool.num_slots,
+            copy_engine.load_bytes_per_s,
+        )
 
-    def begin(self, plan: StepPlan) -> None:
-        """Start the loads; what the current stream does next waits for them."""
+    def begin(self, plan: StepPlan, hooked_layers: Collection[str] = ()) -> None:
+        """Start the loads; the current stream waits for those that belong to no `request_id`.
+
+        Args:
+            plan: of this step.
+            hooked_layers: those that will tell `pass_layer` when they run in this step. Where they
+                cannot be relied on, all that the current stream does next waits for the loads.
+        """
         self._bad_blocks.update(plan.lost_block_ids)
-        launch = self._launch(Direction.LOAD, plan.loads)
-        if launch is not None:
-            self._copy_engine.fence(launch.ticket)
-        if self._bad_blocks:  # the model computes from wrong bytes: keep nothing of this step
+        self._misled = self._misled or bool(plan.lost_block_ids)
+        awaited = [job for job in plan.loads if job.request_id is None]
+        by_layer = plan.by_layer and self._gate.trusts(hooked_layers)
+        self._load_awaited(awaited, by_layer=by_layer)
+        for job in plan.loads:
+            if job.request_id is not None:
+                self._launch(Direction.LOAD, [job])
+        if self._misled:  # this forward computes from wrong bytes: keep nothing of this step
             self._fail(Direction.STORE, plan.stores)
         else:
             self._stores = plan.stores
         if not plan.has_forward:
             self.store()
 
+    def pass_layer(self, name: str) -> None:
+        """A layer runs next on the current stream, which waits for this layer's loads."""
+        self._gate.pass_through(name)
+
     def store(self) -> None:
         """Start this step's stores, behind all that the current stream was given so far."""
+        missed = self._gate.end_forward()
+        if missed:
+            self._unwaited_layers += missed
+            self._fail(Direction.STORE, self._stores)
+            self._stores = ()
+            logger.error("%d layers ran before their KV had arrived; from now on all wait.", missed)
         self._launch(Direction.STORE, self._stores)
         self._stores = ()
 
     def report(self) -> StepReport:
         """What ended since the last report."""
-        self._launches = [launch for launch in self._launches if not self._ended(launch)]
-        report = StepReport(self._finished, frozenset(self._failed), self._slots_to_tell)
-        self._finished, self._failed, self._slots_to_tell = {}, set(), None
+        self._poll()
+        report = StepReport(
+            self._finished, frozenset(self._failed), *self._to_tell, self._unwaited_layers
+        )
+        self._finished, self._failed, self._to_tell = {}, set(), (None, None)
+        self._unwaited_layers = 0
         return report
+
+    def take_arrived(self) -> set[str]:
+        """Requests whose load ended since the last call, well or not."""
+        self._poll()
+        arrived, self._arrived = self._arrived, set()
+        return arrived
+
+    def take_failed_requests(self) -> set[str]:
+        """Those of them whose load failed."""
+        failed, self._failed_requests = self._failed_requests, set()
+        return failed
 
     def take_bad_blocks(self) -> set[int]:
         """GPU blocks whose load failed since the last call."""
         bad, self._bad_blocks = self._bad_blocks, set()
+        self._misled = False
         return bad
 
     def tickets(self) -> dict[int, Ticket]:
@@ -84,26 +129,44 @@ class Worker:
         """Let copies end, so that `report` tells of all; nothing can be launched afterwards."""
         self._copy_engine.close()
 
-    def _launch(self, direction: Direction, jobs: Sequence[Job]) -> _Launch | None:
-        """Carry all jobs with one copy."""
-        if not jobs:
-            return None
+    def _load_awaited(self, jobs: Sequence[Job], *, by_layer: bool) -> None:
+        """Start loads that this step's forward needs."""
+        tickets = self._launch(Direction.LOAD, jobs, by_layer=by_layer)
+        if by_layer:
+            self._gate.close(tickets)
+        else:
+            for ticket in tickets:
+                self._copy_engine.fence(ticket)
+
+    def _launch(
+        self, direction: Direction, jobs: Sequence[Job], *, by_layer: bool = False
+    ) -> Sequence[Ticket]:
+        """Carry all jobs with one copy, or page by page; the last ticket is that of the whole."""
+        if not any(len(job.slots) for job in jobs):
+            self._end(jobs)
+            return ()
         try:
             self._check_slots(jobs)
             ids = np.concatenate([job.block_ids for job in jobs])
             slots = np.concatenate([job.slots for job in jobs])
-            launch = _Launch(direction, jobs, self._copy_engine.copy(direction, ids, slots))
+            if by_layer:
+                tickets = self._copy_engine.load_layers(ids, slots)
+            else:
+                tickets = [self._copy_engine.copy(direction, ids, slots)]
         except TransferError as error:
             self._log_once(error)
             self._fail(direction, jobs)
-            return None
-        self._launches.append(launch)
-        return launch
+            return ()
+        self._launches.append(_Launch(direction, jobs, tickets[-1]))
+        return tickets
+
+    def _poll(self) -> None:
+        self._launches = [launch for launch in self._launches if not self._ended(launch)]
 
     def _check_slots(self, jobs: Sequence[Job]) -> None:
         """Until the scheduler heard of this pool's size it may plan for slots past its end."""
         num_slots = self._copy_engine.pool.num_slots
-        last = max(int(job.slots.max()) for job in jobs)
+        last = max(int(job.slots.max()) for job in jobs if len(job.slots))
         if last >= num_slots:
             raise TransferError(f"slot {last} does not exist on this rank ({num_slots} slots)")
 
@@ -115,14 +178,22 @@ class Worker:
             self._log_once(error)
             self._fail(launch.direction, launch.jobs)
             return True
-        self._finished.update((job.id, 1) for job in launch.jobs)
+        self._end(launch.jobs)
         return True
 
-    def _fail(self, direction: Direction, jobs: Sequence[Job]) -> None:
+    def _end(self, jobs: Sequence[Job]) -> set[str]:
+        """Tell of jobs that ended; returns the requests that wait for them."""
         self._finished.update((job.id, 1) for job in jobs)
+        requests = {job.request_id for job in jobs if job.request_id is not None}
+        self._arrived |= requests
+        return requests
+
+    def _fail(self, direction: Direction, jobs: Sequence[Job]) -> None:
+        self._failed_requests |= self._end(jobs)
         self._failed.update(job.id for job in jobs)
         if direction is Direction.LOAD:
             self._bad_blocks.update(*(job.block_ids.tolist() for job in jobs))
+            self._misled = self._misled or any(job.request_id is None for job in jobs)
 
     def _log_once(self, error: TransferError) -> None:
         if not self._logged:

@@ -78,6 +78,10 @@ class CommandedCopyEngine(CopyEngine):
         self.directions.append(direction)
         return ticket
 
+    def load_layers(self, block_ids: BlockIds, slots: BlockIds) -> list[Ticket]:
+        """One copy after the other, each of which brings whole blocks."""
+        return [self.copy(Direction.LOAD, block_ids, slots) for _ in self.layout.pages]
+
     def fence(self, ticket: Ticket) -> None:
         self.fenced.append(ticket)
 
@@ -94,7 +98,7 @@ class CommandedCopyEngine(CopyEngine):
                 page.view[torch.from_numpy(block_ids)] = GARBAGE
 
 
-def commanded(num_blocks: int = 8, num_slots: int = 8) -> CommandedCopyEngine:
-    """Over one small tensor of its own in host memory; the pool is plain memory, too."""
-    layout = make_layout({"a": torch.zeros(num_blocks, 16, dtype=torch.uint8)})
+def commanded(num_blocks: int = 8, num_slots: int = 8, layers: str = "a") -> CommandedCopyEngine:
+    """Over small tensors of its own in host memory; the pool is plain memory, too."""
+    layout = make_layout({name: torch.zeros(num_blocks, 16, dtype=torch.uint8) for name in layers})
     return CommandedCopyEngine(layout, HostPool(num_slots, layout.slot_bytes, pinned=False))

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import gc
-import random
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from engines import (
+    BLOCK,
+    answers,
+    connector,
+    counters,
+    prompts,
+    running,
+    whole_blocks,
+    worker_of_this_process,
+)
 
 from kvortex import KVortexConfig
 from kvortex.core import ConfigError, Direction, TransferError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytest.importorskip("vllm")
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
-BLOCK = 32
 LENGTHS = [
     1,
     31,
@@ -44,66 +47,6 @@ LENGTHS = [
     1000,
 ]
 LENGTHS += [1500, 2048]
-
-
-def prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
-    draw = random.Random(seed)
-    return [{"prompt_token_ids": [draw.randrange(4, 260) for _ in range(n)]} for n in lengths]
-
-
-@contextmanager
-def running(model: str, ram_pool_gb: float | None, **settings: Any) -> Iterator[Any]:
-    """An LLM, with KVortex unless `ram_pool_gb` is None; afterwards nothing of it is left."""
-    from vllm import LLM
-
-    config = KVortexConfig(ram_pool_gb=ram_pool_gb) if ram_pool_gb else None
-    defaults = {
-        "enforce_eager": True,
-        "enable_prefix_caching": True,
-        "dtype": "float32",
-        "max_model_len": 4096,
-        "max_num_seqs": 8,
-        "kv_cache_memory_bytes": 64 << 20,
-        "block_size": BLOCK,
-        "disable_log_stats": False,
-        "seed": 0,
-        "kv_transfer_config": config.kv_transfer_config() if config else None,
-    }
-    llm = LLM(model=model, **defaults | settings)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-
-
-def connector(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler.connector
-
-
-def worker_of_this_process() -> Any:
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    return get_kv_transfer_group()._worker.worker
-
-
-def counters(llm: Any) -> dict[str, int]:
-    counted: dict[str, int] = connector(llm)._scheduler.offload.counters.as_dict()
-    return counted
-
-
-def answers(llm: Any, asked: list[Any], tokens: int = 40) -> tuple[list[list[int]], list[int]]:
-    """Greedy output tokens and cached tokens of each prompt."""
-    from vllm import SamplingParams
-
-    greedy = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-    outs = llm.generate(asked, greedy, use_tqdm=False)
-    return [list(o.outputs[0].token_ids) for o in outs], [o.num_cached_tokens for o in outs]
-
-
-def whole_blocks(lengths: list[int]) -> list[int]:
-    return [(n - 1) // BLOCK * BLOCK for n in lengths]
 
 
 @pytest.fixture(scope="module")
@@ -309,21 +252,34 @@ def test_bad_configuration_stops_a_server_that_captures_no_graphs(tiny_model: st
 
 
 def test_unsupported_caches_are_named() -> None:
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import (
         FullAttentionSpec,
         KVCacheConfig,
         KVCacheGroupSpec,
+        MambaSpec,
         SlidingWindowSpec,
     )
 
     from kvortex.connector.geometry import unsupported
 
-    shape = {"block_size": 32, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
-    full = KVCacheGroupSpec(["a"], FullAttentionSpec(**shape))
-    window = KVCacheGroupSpec(["b"], SlidingWindowSpec(**shape, sliding_window=64))
-    assert unsupported(KVCacheConfig(8, [], [full])) is None
-    assert "SlidingWindowSpec" in str(unsupported(KVCacheConfig(8, [], [window])))
-    assert "2 KV cache groups" in str(unsupported(KVCacheConfig(8, [], [full, window])))
+    shape = {"num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    full = FullAttentionSpec(**shape, block_size=32)
+    window = SlidingWindowSpec(**shape, block_size=32, sliding_window=64)
+    wide = SlidingWindowSpec(**shape, block_size=64, sliding_window=64)
+    state = MambaSpec(block_size=32, shapes=((2, 2),), dtypes=(torch.float32,))
+    vllm = VllmConfig()
+    vllm.cache_config.block_size = 32
+
+    def why_not(*specs: Any) -> str | None:
+        groups = [KVCacheGroupSpec([str(number)], spec) for number, spec in enumerate(specs)]
+        reason: str | None = unsupported(vllm, KVCacheConfig(8, [], groups))
+        return reason
+
+    assert why_not(full) is why_not(window) is why_not(full, window) is None
+    assert "no KV cache" in str(why_not())
+    assert "MambaSpec" in str(why_not(full, state))
+    assert "different sizes, [32, 64]" in str(why_not(full, wide))
 
 
 def test_both_sides_count_slots_alike_where_layers_differ() -> None:
@@ -352,4 +308,4 @@ def test_both_sides_count_slots_alike_where_layers_differ() -> None:
     sides = [geometry_of(vllm, of) for of in (of_worker, of_scheduler)]
     assert sides[0] == sides[1]
     assert (sides[0].num_gpu_blocks, sides[0].slot_bytes) == (7, block_bytes)
-    assert unsupported(of_worker) is unsupported(of_scheduler) is None
+    assert unsupported(vllm, of_worker) is unsupported(vllm, of_scheduler) is None

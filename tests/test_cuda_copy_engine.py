@@ -129,10 +129,12 @@ def test_layers_are_there_when_their_tickets_say_so(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = SimulatedDriver(seed)
-    simulate(monkeypatch, driver)
+    pages_a_launch = 1 + seed % 3
+    simulate(monkeypatch, driver, cuda_copy_engine__LAUNCH_BYTES=pages_a_launch * BLOCKS * PAGE)
     kv, engine = simulated_engine(monkeypatch, CHOICES[1], blocks=BLOCKS, page=PAGE)
     slots = np.random.default_rng(seed).permutation(BLOCKS)
     tickets = engine.load_layers(np.arange(BLOCKS), slots)
+    assert len(set(tickets)) == -(-len(kv) // pages_a_launch)
     for page, ticket in zip(engine.layout.pages, tickets, strict=True):
         assert ticket.wait()
         part = slice(page.slot_offset, page.slot_offset + PAGE)

@@ -399,6 +399,7 @@ STATS = {
     "discarded_stores",
     "not_admitted",
     "refused_stores",
+    "unwaited_layers",
 }
 
 

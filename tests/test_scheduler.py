@@ -8,6 +8,7 @@ import pytest
 
 from kvortex.core import Job, StepReport
 from kvortex.policies import LRU
+from kvortex.prefix_match import Reach, longest_prefix
 from kvortex.scheduler import OffloadScheduler
 from kvortex.tiers import HostTier
 
@@ -19,6 +20,11 @@ A, B, C, D = b"a", b"b", b"c", b"d"
 
 def scheduler(num_slots: int = 4, num_ranks: int = 1) -> OffloadScheduler:
     return OffloadScheduler(HostTier(num_slots, LRU(num_slots)), num_ranks)
+
+
+def match(keeper: OffloadScheduler, keys: Sequence[bytes]) -> int:
+    """How many leading keys are readable."""
+    return longest_prefix(keeper.tier.readable, [keys], [Reach()], 0, 1)
 
 
 def report(*jobs: Job | None, failed: Iterable[Job | None] = ()) -> StepReport:
@@ -44,7 +50,7 @@ def planned_load(keeper: OffloadScheduler, keys: Sequence[bytes], ids: Sequence[
 def stored(keeper: OffloadScheduler, *keys: bytes) -> None:
     job = planned_store(keeper, keys, range(len(keys)))
     keeper.settle(StepReport({job.id: 99}))
-    assert keeper.match(keys) == len(keys)
+    assert match(keeper, keys) == len(keys)
 
 
 def counts(keeper: OffloadScheduler) -> tuple[int, int, int]:
@@ -58,19 +64,19 @@ def test_store_is_readable_once_reported() -> None:
     job = planned_store(keeper, [A, B], [7, 3])
     assert job.block_ids.tolist() == [7, 3]
     assert len(set(job.slots.tolist())) == 2
-    assert (keeper.match([A, B]), keeper.wants(A), keeper.pending) == (0, False, True)
+    assert (match(keeper, [A, B]), keeper.wants(A), keeper.pending) == (0, False, True)
     (flight,) = keeper.settle(report(job))
     assert (flight.job, flight.failed, flight.discard) == (job, False, False)
-    assert (keeper.match([A, B]), keeper.wants(A), keeper.pending) == (2, False, False)
+    assert (match(keeper, [A, B]), keeper.wants(A), keeper.pending) == (2, False, False)
     assert keeper.counters.stored_blocks == 2
 
 
 def test_match_stops_at_the_first_miss() -> None:
     keeper = scheduler()
     stored(keeper, A, C)
-    assert keeper.match([A, B, C]) == 1
-    assert keeper.match([B, A]) == 0
-    assert keeper.match([]) == 0
+    assert match(keeper, [A, B, C]) == 1
+    assert match(keeper, [B, A]) == 0
+    assert match(keeper, []) == 0
 
 
 def test_plan_is_taken_once() -> None:
@@ -92,18 +98,18 @@ def test_readable_only_after_every_rank_reported() -> None:
     job = planned_store(keeper, [A], [0])
     for _ in range(2):
         assert keeper.settle(report(job)) == []
-        assert keeper.match([A]) == 0
+        assert match(keeper, [A]) == 0
     assert [flight.job for flight in keeper.settle(report(job))] == [job]
-    assert keeper.match([A]) == 1
+    assert match(keeper, [A]) == 1
 
 
 def test_ranks_may_report_together() -> None:
     keeper = scheduler(num_ranks=3)
     job = planned_store(keeper, [A], [0])
     keeper.settle(report(job).merge(report(job)).merge(StepReport()))
-    assert keeper.match([A]) == 0
+    assert match(keeper, [A]) == 0
     keeper.settle(report(job))
-    assert keeper.match([A]) == 1
+    assert match(keeper, [A]) == 1
 
 
 @pytest.mark.parametrize("bad_rank", [0, 1, 2])
@@ -114,7 +120,7 @@ def test_one_failing_rank_fails_the_store(bad_rank: int) -> None:
         done = keeper.settle(report(job, failed=[job] if rank == bad_rank else []))
         assert bool(done) is (rank == 2)
     assert done[0].failed
-    assert keeper.match([A]) == 0
+    assert match(keeper, [A]) == 0
     assert counts(keeper) == (4, 0, 0)
     assert keeper.counters.failed_stores == 2
 
@@ -137,7 +143,7 @@ def test_store_takes_what_slots_there_are() -> None:
     assert keeper.store([D], [3]) is None
     assert keeper.counters.refused_stores == 2
     keeper.settle(report(first, second))
-    assert keeper.match([A, B, C]) == 3
+    assert match(keeper, [A, B, C]) == 3
     assert keeper.wants(D)
 
 
@@ -168,7 +174,7 @@ def test_failed_load_forgets_its_keys_only() -> None:
     stored(keeper, A, B, C)
     job = keeper.load([A, B], [0, 1])
     keeper.settle(report(job, failed=[job]))
-    assert [keeper.match([key]) for key in (A, B, C)] == [0, 0, 1]
+    assert [match(keeper, [key]) for key in (A, B, C)] == [0, 0, 1]
     assert counts(keeper) == (3, 0, 1)
     assert (keeper.counters.failed_loads, keeper.counters.loaded_blocks) == (2, 0)
 
@@ -180,12 +186,12 @@ def test_failed_load_dooms_every_store_under_way() -> None:
     keeper.settle(report(load, failed=[load]))
     flights = keeper.settle(report(earlier, later))
     assert [flight.discard for flight in flights] == [True, True]
-    assert keeper.match([B]) == keeper.match([C]) == 0
+    assert match(keeper, [B]) == match(keeper, [C]) == 0
     assert counts(keeper) == (4, 0, 0)
     assert (keeper.counters.discarded_stores, keeper.counters.failed_stores) == (2, 0)
     after = keeper.store([D], [3])
     keeper.settle(report(after))
-    assert keeper.match([D]) == 1
+    assert match(keeper, [D]) == 1
 
 
 @pytest.mark.parametrize("store_first", [True, False])
@@ -194,7 +200,7 @@ def test_failed_load_dooms_a_store_of_the_same_report(store_first: bool) -> None
     stored(keeper, A)
     jobs = [keeper.store([B], [1]), keeper.load([A], [0])]
     keeper.settle(report(*(jobs if store_first else jobs[::-1]), failed=[jobs[1]]))
-    assert keeper.match([B]) == 0
+    assert match(keeper, [B]) == 0
     assert counts(keeper) == (4, 0, 0)
 
 
@@ -204,10 +210,10 @@ def test_failed_load_dooms_stores_before_its_other_ranks_report() -> None:
     load, store = keeper.load([A], [0]), keeper.store([B], [1])
     keeper.settle(report(load, store, failed=[load]))
     keeper.settle(report(store))
-    assert keeper.match([B]) == 0
-    assert keeper.match([A]) == 1
+    assert match(keeper, [B]) == 0
+    assert match(keeper, [A]) == 1
     keeper.settle(report(load))
-    assert keeper.match([A]) == 0
+    assert match(keeper, [A]) == 0
     assert counts(keeper) == (4, 0, 0)
 
 
@@ -216,7 +222,7 @@ def test_failed_store_dooms_nothing_else() -> None:
     bad, good = keeper.store([A], [0]), keeper.store([B], [1])
     keeper.settle(report(bad, failed=[bad]))
     keeper.settle(report(good))
-    assert [keeper.match([A]), keeper.match([B])] == [0, 1]
+    assert [match(keeper, [A]), match(keeper, [B])] == [0, 1]
 
 
 def test_failed_load_spares_a_newer_block_of_its_key() -> None:
@@ -226,7 +232,7 @@ def test_failed_load_spares_a_newer_block_of_its_key() -> None:
     stored(keeper, A)
     assert counts(keeper) == (2, 1, 1)
     keeper.settle(report(load, failed=[load]))
-    assert keeper.match([A]) == 1
+    assert match(keeper, [A]) == 1
     assert counts(keeper) == (3, 0, 1)
 
 
@@ -235,10 +241,10 @@ def test_reset_with_stores_and_loads_under_way() -> None:
     stored(keeper, A, B)
     load, store = keeper.load([A], [0]), keeper.store([C], [1])
     keeper.reset()
-    assert [keeper.match([key]) for key in (A, B, C)] == [0, 0, 0]
+    assert [match(keeper, [key]) for key in (A, B, C)] == [0, 0, 0]
     assert counts(keeper) == (2, 2, 0)
     keeper.settle(report(load, store))
-    assert [keeper.match([key]) for key in (A, B, C)] == [0, 0, 0]
+    assert [match(keeper, [key]) for key in (A, B, C)] == [0, 0, 0]
     assert counts(keeper) == (4, 0, 0)
     assert keeper.counters.discarded_stores == 1
     stored(keeper, A)
@@ -249,7 +255,7 @@ def test_reports_of_unknown_jobs_are_ignored() -> None:
     store = planned_store(keeper, [A], [0])
     assert keeper.settle(StepReport({99: 1, store.id: 1}, frozenset({98}))) != []
     assert keeper.settle(report(store, failed=[store])) == []
-    assert keeper.match([A]) == 1
+    assert match(keeper, [A]) == 1
 
 
 def test_failures_are_logged_once_each(caplog: pytest.LogCaptureFixture) -> None:

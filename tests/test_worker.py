@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from doubles import CommandedCopyEngine, commanded
@@ -180,4 +182,100 @@ def test_close_lets_copies_end_and_report_tells(engine: CommandedCopyEngine) -> 
     worker.close()
     assert engine.closed
     assert engine.pool.bytes[5, 0] == 1
+    assert worker.report() == StepReport(finished(1))
+
+
+def plan_of(*loads: Job) -> StepPlan:
+    return StepPlan(loads, by_layer=True)
+
+
+def proven(layers: str) -> tuple[CommandedCopyEngine, Worker]:
+    """A worker that saw every layer of a forward come by."""
+    engine = commanded(layers=layers)
+    worker = running(engine)
+    worker.begin(StepPlan(), layers)
+    for name in layers:
+        worker.pass_layer(name)
+    worker.store()
+    return engine, worker
+
+
+def test_each_layer_waits_for_its_own_part() -> None:
+    engine, worker = proven("abc")
+    worker.begin(plan_of(job(1, (0, 5))), "abc")
+    assert engine.fenced == []
+    for count, name in enumerate("abc", 1):
+        worker.pass_layer(name)
+        assert engine.fenced == engine.tickets[:count]
+    worker.store()
+    assert worker.report() == StepReport()
+    for ticket in engine.tickets:
+        ticket.finish()
+    assert worker.report() == StepReport(finished(1))
+
+
+@pytest.mark.parametrize("hooked", ["", "ab"], ids=["graph", "one layer without"])
+def test_all_is_waited_for_where_a_layer_will_not_come_by(hooked: str) -> None:
+    engine, worker = proven("abc")
+    worker.begin(plan_of(job(1, (0, 5))), hooked)
+    assert engine.fenced == engine.tickets
+    assert len(engine.tickets) == 1
+
+
+def test_all_is_waited_for_before_layers_were_seen_to_come_by() -> None:
+    engine = commanded(layers="ab")
+    worker = running(engine)
+    worker.begin(plan_of(job(1, (0, 5))), "ab")
+    assert engine.fenced == engine.tickets
+    worker.pass_layer("a")  # and "b" never does
+    worker.store()
+    worker.begin(plan_of(job(2, (0, 5))), "ab")
+    assert engine.fenced == engine.tickets
+
+
+def test_a_layer_that_did_not_come_by_is_told_and_ends_the_trust() -> None:
+    engine, worker = proven("abc")
+    worker.begin(StepPlan((job(1, (0, 5)),), (job(2, (3, 6)),), by_layer=True), "abc")
+    worker.pass_layer("a")
+    worker.store()  # of a forward that may have read too early: nothing of it is kept
+    assert engine.directions == [Direction.LOAD] * 3
+    report = worker.report()
+    assert report == StepReport(finished(2), frozenset({2}), unwaited_layers=2)
+    worker.begin(plan_of(job(3, (0, 5))), "abc")
+    assert engine.fenced[-1] is engine.tickets[-1]
+    assert len(engine.tickets) == 4
+
+
+def test_a_load_of_a_request_is_not_waited_for(engine: CommandedCopyEngine) -> None:
+    worker = running(engine)
+    one, other = (replace(job(n, (n, 5)), request_id=f"r{n}") for n in (1, 2))
+    worker.begin(StepPlan((one, other), (job(3, (3, 6)),)))
+    assert engine.fenced == []
+    worker.store()
+    assert worker.take_arrived() == set()
+    engine.tickets[1].finish()
+    assert worker.take_arrived() == {"r2"}
+    engine.tickets[0].fail()
+    assert worker.take_arrived() == {"r1"}
+    assert worker.take_failed_requests() == {"r1"}
+    assert worker.take_bad_blocks() == {1}
+    engine.tickets[2].finish()
+    assert worker.report() == StepReport(finished(1, 2, 3), frozenset({1}))
+    assert worker.take_arrived() == worker.take_failed_requests() == set()
+
+
+def test_a_failing_load_of_a_request_spoils_no_store(engine: CommandedCopyEngine) -> None:
+    worker = running(engine)
+    load = replace(job(1, (1, 99)), request_id="r")  # a slot that there is not
+    worker.begin(StepPlan((load,), (job(2, (3, 6)),)))
+    worker.store()
+    assert engine.directions == [Direction.STORE]
+    assert worker.take_arrived() == worker.take_failed_requests() == {"r"}
+
+
+def test_a_load_of_a_request_without_blocks_arrives(engine: CommandedCopyEngine) -> None:
+    worker = running(engine)
+    nothing = np.array([], np.int64)
+    worker.begin(StepPlan((Job(1, nothing, nothing, "r"),)))
+    assert worker.take_arrived() == {"r"}
     assert worker.report() == StepReport(finished(1))

@@ -13,8 +13,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+try:  # since vLLM 0.32
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+except ImportError:
+    KVConnectorTransferResults = None
+
 from kvortex.config import KVortexConfig
 from kvortex.connector.geometry import geometry_of, unsupported
+from kvortex.connector.hooks import hooked_layers
 from kvortex.connector.messages import PlanMessage, ReportMessage
 from kvortex.connector.scheduler_side import SchedulerSide
 from kvortex.connector.stats import CounterDiff, KVortexPromMetrics, KVortexStats
@@ -62,13 +68,19 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._counter_diff = CounterDiff()
-        reason = unsupported(kv_cache_config)
+        one_group = len(kv_cache_config.kv_cache_groups) == 1
+        self._names_blocks = one_group or KVConnectorTransferResults is None
+        reason = unsupported(vllm_config, kv_cache_config)
         if reason is None:
             self._geometry = geometry_of(vllm_config, kv_cache_config)
         if role is KVConnectorRole.SCHEDULER:
             self._warn(reason)
             if self._geometry is not None:
-                self._scheduler = SchedulerSide(self._config, self._geometry)
+                self._scheduler = SchedulerSide(
+                    self._config,
+                    self._geometry,
+                    tells_failed_requests=KVConnectorTransferResults is not None,
+                )
 
     # Both sides
 
@@ -97,12 +109,14 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
             raise
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Start this step's loads; the model's stream waits for all of them."""
+        """Start this step's loads. The model's stream waits for those that the forward needs."""
         if self._worker is not None:
-            self._worker.worker.begin(self._plan())
+            self._worker.worker.begin(self._plan(), hooked_layers(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: the model's stream already waits since `start_load_kv`."""
+        """Let the model's stream wait for what this layer is about to read."""
+        if self._worker is not None:
+            self._worker.worker.pass_layer(layer_name)
 
     def save_kv_layer(
         self,
@@ -119,12 +133,29 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.worker.store()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Nothing: loads are synchronous, and stores are reported by block."""
-        return None, None
+        """Requests whose load has arrived; stores are reported by block."""
+        if self._worker is None:
+            return None, None
+        return None, self._worker.worker.take_arrived() or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """As `get_finished`, and which of them failed; vLLM asks so since 0.32.
+
+        Where it can be told which blocks failed, it need not compute the others again.
+        """
+        results = KVConnectorTransferResults()
+        if self._worker is not None:
+            results.finished_recving = self._worker.worker.take_arrived()
+            failed = self._worker.worker.take_failed_requests()
+            results.failed_recving = set() if self._names_blocks else failed
+        return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """GPU blocks that vLLM must compute again."""
-        return self._worker.worker.take_bad_blocks() if self._worker is not None else set()
+        if self._worker is None:
+            return set()
+        bad = self._worker.worker.take_bad_blocks()
+        return bad if self._names_blocks else set()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What this rank finished, for `update_connector_output`."""
@@ -143,10 +174,10 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Tokens that can be loaded, always in the step that schedules the request."""
+        """Tokens worth loading, and whether the request waits for them while others run."""
         if self._scheduler is None:
             return 0, False
-        return self._scheduler.match(request, num_computed_tokens), False
+        return self._scheduler.match(request, num_computed_tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -159,7 +190,10 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         """This step's plan."""
         if self._scheduler is None:
             return PlanMessage()
-        return PlanMessage(self._scheduler.plan(scheduler_output))
+        plan = self._scheduler.plan(scheduler_output)
+        if plan.loads:  # else vLLM starts them behind the forward, and they would wait for it
+            scheduler_output.has_sync_kv_loads = True
+        return PlanMessage(plan)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Take in what the workers finished."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
-
 from kvortex.connector.messages import ReportMessage
+from kvortex.connector.tracked_request import TrackedRequest
 from kvortex.core import Direction, StepPlan
+from kvortex.cost_model import CostModel
 from kvortex.engine import slots_in_pool
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
+from kvortex.prefix_match import longest_prefix
 from kvortex.scheduler import OffloadScheduler
+from kvortex.step_clock import StepClock
 from kvortex.tiers import HostTier
 
 if TYPE_CHECKING:
@@ -27,21 +28,10 @@ if TYPE_CHECKING:
 
     from kvortex.config import KVortexConfig
     from kvortex.connector.geometry import Geometry
-    from kvortex.core import BlockKey
+    from kvortex.core import BlockKey, Job
+    from kvortex.scheduler import Flight
 
-GROUP = 0
 FAILED_STATUS = "FINISHED_ERROR"
-
-
-@dataclass(slots=True)
-class _Tracked:
-    """A request that vLLM runs: its GPU blocks and how many of them were considered for storing."""
-
-    request: Request
-    block_ids: list[int] = field(default_factory=list)
-    considered: int = 0
-    stale: bool = False
-    """Its bytes were computed before a reset; nothing of it may be stored."""
 
 
 class SchedulerSide:
@@ -49,9 +39,16 @@ class SchedulerSide:
 
     Source blocks of a store get a reference in vLLM's block pool, so that they are not given to
     another request before every rank reported the store.
+
+    Args:
+        config: of the connector.
+        geometry: of the KV cache.
+        tells_failed_requests: whether this vLLM can be told that an asynchronous load failed.
     """
 
-    def __init__(self, config: KVortexConfig, geometry: Geometry) -> None:
+    def __init__(
+        self, config: KVortexConfig, geometry: Geometry, *, tells_failed_requests: bool
+    ) -> None:
         num_slots = slots_in_pool(config, geometry.slot_bytes, geometry.num_ranks)
         tier = HostTier(
             num_slots,
@@ -59,11 +56,18 @@ class SchedulerSide:
             load_admission(config.admission, num_slots),
         )
         self.offload = OffloadScheduler(tier, geometry.num_ranks)
+        self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
+        self._config = config
+        self._reaches = geometry.reaches
+        self._always_apart = len(geometry.reaches) > 1 and tells_failed_requests
         self._block_tokens = geometry.block_tokens
         self._pool: BlockPool | None = None
-        self._tracked: dict[str, _Tracked] = {}
-        self._first_missing: dict[str, int] = {}
+        self._tracked: dict[str, TrackedRequest] = {}
         self._held: dict[int, list[KVCacheBlock]] = {}
+        self._clock = StepClock()
+        self._running = 0
+        self._loading_tokens = 0
+        self._awaited_tokens = 0
 
     def bind_gpu_block_pool(self, pool: BlockPool) -> None:
         """Before this nothing is stored."""
@@ -74,26 +78,37 @@ class SchedulerSide:
         """Whether a store under way is the last holder of a GPU block."""
         return any(block.ref_cnt == 1 for held in self._held.values() for block in held)
 
-    def match(self, request: Request, num_computed_tokens: int) -> int:
-        """Tokens after the computed ones that can be loaded: whole blocks, one token left over."""
+    def match(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        """Tokens after the computed ones to load, and whether the request waits for them apart.
+
+        Whole blocks, and one token is left to compute. vLLM may ask more than once.
+        """
         if request.skip_reading_prefix_cache or num_computed_tokens % self._block_tokens:
-            return 0
-        first = num_computed_tokens // self._block_tokens
-        keys = self._keys(request, first, (request.num_tokens - 1) // self._block_tokens)
-        self._first_missing[request.request_id] = first
-        return self.offload.match(keys) * self._block_tokens
+            return 0, False
+        tracked = self._track(request)
+        tracked.first = num_computed_tokens // self._block_tokens
+        last = tracked.most_loaded(request.num_tokens - 1) // self._block_tokens
+        keys = [tracked.keys(group, tracked.first, last) for group in range(len(self._reaches))]
+        end = longest_prefix(
+            self.offload.tier.readable, keys, self._reaches, tracked.first, self._block_tokens
+        )
+        num_tokens = (end - tracked.first) * self._block_tokens
+        if num_tokens <= 0 or not self._pays(num_tokens):
+            return 0, False
+        tracked.apart = self._waits_apart(num_tokens)
+        return num_tokens, tracked.apart
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """vLLM gave the request its blocks, and runs it in this step."""
-        first = self._first_missing.pop(request.request_id, 0)
-        block_ids = list(blocks.get_block_ids()[GROUP])
-        self._tracked[request.request_id] = _Tracked(request, block_ids)
-        if request.num_preemptions == 0:  # a resumed request is not a second use
-            last = request.num_tokens // self._block_tokens
-            self.offload.tier.touch(self._keys(request, 0, last))
+        """vLLM gave the request its blocks, and runs it in this step or once its load is there."""
+        tracked = self._track(request)
+        tracked.block_ids = [list(ids) for ids in blocks.get_block_ids()]
+        tracked.considered = 0
+        if not tracked.touched:  # to be resumed, or scheduled once loaded, is not a second use
+            tracked.touched = True
+            self._touch(tracked)
+        self._running += 1
         if num_external_tokens:
-            last = first + num_external_tokens // self._block_tokens
-            self.offload.load(self._keys(request, first, last), block_ids[first:last])
+            self._load(tracked, num_external_tokens)
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """Plan to store every block that this step completes."""
@@ -103,26 +118,33 @@ class SchedulerSide:
             for pair in self._completed(tracked, num_tokens)
         ]
         self._store(pairs)
-        return self.offload.take_plan(has_forward=output.total_num_scheduled_tokens > 0)
+        num_tokens = output.total_num_scheduled_tokens
+        self._running = len(output.num_scheduled_tokens)
+        self._clock.begin(0 if self._awaited_tokens else num_tokens)
+        by_layer = self._awaited_tokens > 0 and self.costs.hides(self._awaited_tokens, num_tokens)
+        self._awaited_tokens = 0
+        return self.offload.take_plan(has_forward=num_tokens > 0, by_layer=by_layer)
 
     def finished(self, request: Request) -> None:
         """Store what only its last tokens completed, before vLLM frees the blocks."""
-        self._first_missing.pop(request.request_id, None)
         tracked = self._tracked.pop(request.request_id, None)
-        if tracked is not None and request.status.name != FAILED_STATUS:
+        if tracked is not None and request.status.name != FAILED_STATUS and not tracked.loading:
             self._store(list(self._completed(tracked, request.num_computed_tokens)))
 
     def settle(self, output: KVConnectorOutput) -> None:
         """Take in the workers' report of a step."""
+        self.costs.observe_step(*self._clock.end())
         message = output.kv_connector_worker_meta
         if not isinstance(message, ReportMessage):
             return
+        if message.report.load_bytes_per_s is not None:
+            self.costs.load_bytes_per_s = message.report.load_bytes_per_s
         for flight in self.offload.settle(message.report):
             if flight.direction is Direction.STORE:
                 self._release(flight.job.id)
-            elif flight.failed:  # recomputed blocks are to be stored like new ones
-                for tracked in self._tracked.values():
-                    tracked.considered = 0
+                continue
+            self._loading_tokens -= self._tokens_of(flight.job)
+            self._arrived(flight)
 
     def reset(self) -> None:
         """Forget everything, and store nothing more of what was computed before."""
@@ -130,13 +152,63 @@ class SchedulerSide:
         for tracked in self._tracked.values():
             tracked.stale = True
 
-    def _advance(self, output: SchedulerOutput) -> Iterator[tuple[_Tracked, int]]:
+    def _pays(self, num_tokens: int) -> bool:
+        if num_tokens < self._config.min_load_tokens:
+            return False
+        return self._config.load == "always" or self.costs.pays(num_tokens, self._loading_tokens)
+
+    def _waits_apart(self, num_tokens: int) -> bool:
+        """Whether others would be held up by a step that waits for this load."""
+        return self._always_apart or (self._running > 0 and self.costs.pauses(num_tokens))
+
+    def _load(self, tracked: TrackedRequest, num_tokens: int) -> None:
+        """Plan to fill what every group needs of the tokens after the first missing block."""
+        size, first = self._block_tokens, tracked.first
+        end = first + num_tokens // size
+        keys: list[BlockKey] = []
+        block_ids: list[int] = []
+        for group, reach in enumerate(self._reaches):
+            start = max(first, reach.first_token(end * size) // size)
+            keys += tracked.keys(group, start, end)
+            block_ids += tracked.block_ids[group][start:end]
+        tracked.loading = tracked.apart
+        request_id = tracked.request.request_id if tracked.apart else None
+        job = self.offload.load(keys, block_ids, request_id)
+        if job is not None:
+            self._loading_tokens += self._tokens_of(job)
+        if not tracked.apart:
+            self._awaited_tokens += num_tokens
+
+    def _arrived(self, flight: Flight) -> None:
+        """A load ended."""
+        tracked = self._tracked.get(flight.job.request_id or "")
+        if tracked is not None:
+            tracked.loading = False
+        if flight.failed:  # recomputed blocks are to be stored like new ones
+            for other in self._tracked.values():
+                other.considered = 0
+
+    def _tokens_of(self, job: Job) -> int:
+        return len(job.block_ids) * self._block_tokens // len(self._reaches)
+
+    def _track(self, request: Request) -> TrackedRequest:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            tracked = self._tracked[request.request_id] = TrackedRequest.of(request)
+        return tracked
+
+    def _touch(self, tracked: TrackedRequest) -> None:
+        last = tracked.request.num_tokens // self._block_tokens
+        for group in range(len(self._reaches)):
+            self.offload.tier.touch(tracked.keys(group, 0, last))
+
+    def _advance(self, output: SchedulerOutput) -> Iterator[tuple[TrackedRequest, int]]:
         """Each scheduled request with the number of its tokens computed after this step."""
         scheduled = output.num_scheduled_tokens
         for new in output.scheduled_new_reqs:
             tracked = self._tracked.get(new.req_id)
             if tracked is not None:
-                tracked.block_ids = list(new.block_ids[GROUP])
+                tracked.block_ids = [list(ids) for ids in new.block_ids]
                 yield tracked, new.num_computed_tokens + scheduled[new.req_id]
         cached = output.scheduled_cached_reqs
         rows = zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
@@ -145,29 +217,33 @@ class SchedulerSide:
             if tracked is None:
                 continue
             if request_id in cached.resumed_req_ids:
-                tracked.block_ids = []
-            if block_ids is not None:
-                tracked.block_ids += block_ids[GROUP]
+                tracked.block_ids = [[] for _ in self._reaches]
+            for group, new_ids in enumerate(block_ids or ()):
+                tracked.block_ids[group] += new_ids
             yield tracked, num_computed + scheduled[request_id]
 
-    def _completed(self, tracked: _Tracked, num_tokens: int) -> Iterator[tuple[BlockKey, int]]:
+    def _completed(
+        self, tracked: TrackedRequest, num_tokens: int
+    ) -> Iterator[tuple[BlockKey, int]]:
         """Blocks full of computed tokens that were not considered yet and are worth storing.
 
         A block has a hash only if all of its tokens are known, so drafts never complete one.
         """
-        first = tracked.considered
-        hashes = tracked.request.block_hashes
-        last = min(num_tokens // self._block_tokens, len(hashes), len(tracked.block_ids))
-        tracked.considered = max(first, last)
+        first, length = tracked.considered, len(tracked.request.block_hashes)
+        last = min(tracked.most_stored(num_tokens) // self._block_tokens, length)
+        if last <= first:
+            return
+        tracked.considered = last
         if tracked.stale or self._pool is None:
             return
-        keys, length = self._keys(tracked.request, first, last), len(hashes)
-        for position, key in enumerate(keys, first):
-            block_id = tracked.block_ids[position]
-            if self._pool.blocks[block_id].is_null or not self.offload.wants(key):
-                continue
-            if self.offload.admits(key, Place(position, length)):
-                yield key, block_id
+        for group, block_ids in enumerate(tracked.block_ids):
+            keys = tracked.keys(group, first, last)
+            rows = zip(range(first, last), keys, block_ids[first:last], strict=False)
+            for position, key, block_id in rows:
+                if self._pool.blocks[block_id].is_null or not self.offload.wants(key):
+                    continue
+                if self.offload.admits(key, Place(position, length)):
+                    yield key, block_id
 
     def _store(self, pairs: list[tuple[BlockKey, int]]) -> None:
         unique = dict(pairs)  # two requests of one step may have computed the same block
@@ -183,7 +259,3 @@ class SchedulerSide:
         held = self._held.pop(job_id, None)
         if held is not None and self._pool is not None:
             self._pool.free_blocks(reversed(held))
-
-    def _keys(self, request: Request, first: int, last: int) -> list[BlockKey]:
-        hashes = request.block_hashes[first:last]
-        return [make_block_hash_with_group_id(block_hash, GROUP) for block_hash in hashes]

@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 BUFFERS = 2
 BUFFER_BYTES = 64 << 20
 """On an H200 half of it costs 3 % of the link's speed both ways at once, a quarter 15 %."""
-STAGED_PROGRAMS = 128
-"""Many for a short time: a matrix product that starts while some SMs are taken waits for them. On
-an H200, stores without pause cost it 10 % with 16 programs, and 0 to 4 % with all 132 SMs."""
+STAGED_PROGRAMS = 16
+"""On an H200, stores without pause cost a matrix product 11 %, a memory-bound kernel 0.9 %, and
+take 1.3 % of all SM time so; with 128 programs 12 %, 2.3 % and 3 % (bench/bench_transfer.py)."""
 
 
 def open_movers(

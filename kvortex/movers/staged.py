@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from kvortex.id_ring import IdRing
     from kvortex.paged_kernel import PagedKernel
 
-LEAST_CHUNK_BYTES = 2 << 20
+LEAST_CHUNK_BYTES = 8 << 20
+"""Of 64 MiB in pages of 32 KiB an H200 stores 0.955, 0.961, 0.962 and 0.953 of a memcpy's bandwidth
+with 2, 4, 8 and 16 MiB: small chunks cost the host more than the ends of the pipeline do."""
 
 
 class StagedMover(Mover):

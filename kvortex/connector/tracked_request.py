@@ -1,0 +1,60 @@
+"""TrackedRequest: what the scheduler side remembers of a request that vLLM has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+from kvortex.connector.request_limits import RequestLimits
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from kvortex.core import BlockKey
+
+
+@dataclass(slots=True)
+class TrackedRequest:
+    """Its GPU blocks by KV cache group, and how many were considered for storing."""
+
+    request: Request
+    limits: RequestLimits
+    block_ids: list[list[int]] = field(default_factory=list)
+    considered: int = 0
+    first: int = 0
+    """Blocks that were on the GPU when vLLM asked last."""
+    apart: bool = False
+    """Whether it was told then to wait for its load while others run."""
+    loading: bool = False
+    """It waits so."""
+    touched: bool = False
+    """Its use of blocks was counted."""
+    stale: bool = False
+    """Its bytes were computed before a reset; nothing of it may be stored."""
+    _keys: dict[int, list[BlockKey]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, request: Request) -> TrackedRequest:
+        """Nothing is known of it yet but what its client asked for."""
+        return cls(request, RequestLimits.of(request.kv_transfer_params))
+
+    def keys(self, group: int, first: int, last: int) -> list[BlockKey]:
+        """Of the blocks from `first` up to before `last`, as far as their tokens are known."""
+        known = self._keys.setdefault(group, [])
+        hashes = self.request.block_hashes
+        if len(known) < len(hashes):
+            new = hashes[len(known) :]
+            known += [make_block_hash_with_group_id(block_hash, group) for block_hash in new]
+        return known[first:last]
+
+    def most_loaded(self, num_tokens: int) -> int:
+        """How many leading tokens of so many may be loaded."""
+        limit = self.limits.max_load_tokens
+        return num_tokens if limit is None else min(limit, num_tokens)
+
+    def most_stored(self, num_tokens: int) -> int:
+        """How many leading tokens of so many may be stored."""
+        limit = self.limits.max_offload_tokens
+        return num_tokens if limit is None else min(limit, num_tokens)

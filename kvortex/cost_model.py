@@ -1,0 +1,62 @@
+"""CostModel: whether loading beats computing, and how a load is best carried. Scheduler side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LEAST_TOKENS = 256
+"""Steps that compute fewer tell of the engine's overhead, not of prefill."""
+WEIGHT = 0.2
+LOAD_OVERHEAD_S = 2e-3
+"""What a load costs beside its bytes: to plan it, launch it and learn of its end."""
+PAUSE_S = 2e-3
+"""Requests that run may be held up for so long; a load that takes longer runs beside them."""
+HIDDEN_SHARE = 0.1
+"""Loading layer by layer is up to a tenth slower, so the compute behind it must be worth that."""
+
+
+@dataclass(slots=True)
+class CostModel:
+    """Times, from what workers measured of the link and the scheduler of prefill.
+
+    Until both are known, loading is assumed to pay. Speeds are tokens per second and bytes per
+    second; `token_bytes` is what one token of a hit takes on the link of one rank.
+    """
+
+    token_bytes: float
+    prefill_tokens_per_s: float | None = None
+    load_bytes_per_s: float | None = None
+
+    def observe_step(self, num_tokens: int, seconds: float) -> None:
+        """Learn from a step that computed so many tokens."""
+        if num_tokens < LEAST_TOKENS or seconds <= 0:
+            return
+        speed = num_tokens / seconds
+        if self.prefill_tokens_per_s is None:
+            self.prefill_tokens_per_s = speed
+        else:
+            self.prefill_tokens_per_s += WEIGHT * (speed - self.prefill_tokens_per_s)
+
+    def load_seconds(self, num_tokens: int) -> float:
+        """Time of a load of so many tokens, over a link with nothing else to do."""
+        if self.load_bytes_per_s is None:
+            return 0.0
+        return num_tokens * self.token_bytes / self.load_bytes_per_s
+
+    def pays(self, num_tokens: int, tokens_ahead: int = 0) -> bool:
+        """Whether to load so many tokens, behind others that are loading, beats computing them."""
+        if self.prefill_tokens_per_s is None or self.load_bytes_per_s is None:
+            return True
+        loading = LOAD_OVERHEAD_S + self.load_seconds(num_tokens + tokens_ahead)
+        return loading < num_tokens / self.prefill_tokens_per_s
+
+    def pauses(self, num_tokens: int) -> bool:
+        """Whether a step that waits for the load would hold up its other requests for long."""
+        return self.load_seconds(num_tokens) > PAUSE_S
+
+    def hides(self, num_tokens: int, computed_tokens: int) -> bool:
+        """Whether a step computes long enough for its load to be worth hiding behind it."""
+        if self.prefill_tokens_per_s is None:
+            return computed_tokens >= num_tokens * HIDDEN_SHARE
+        computing = computed_tokens / self.prefill_tokens_per_s
+        return computing >= HIDDEN_SHARE * self.load_seconds(num_tokens)

@@ -1,0 +1,75 @@
+"""A real vLLM in this process, and what tests ask of it."""
+
+from __future__ import annotations
+
+import gc
+import random
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from kvortex import KVortexConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BLOCK = 32
+
+
+def prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
+    draw = random.Random(seed)
+    return [{"prompt_token_ids": [draw.randrange(4, 260) for _ in range(n)]} for n in lengths]
+
+
+@contextmanager
+def running(model: str, ram_pool_gb: float | None, **settings: Any) -> Iterator[Any]:
+    """An LLM, with KVortex unless `ram_pool_gb` is None; afterwards nothing of it is left."""
+    from vllm import LLM
+
+    config = KVortexConfig(ram_pool_gb=ram_pool_gb) if ram_pool_gb else None
+    defaults = {
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "dtype": "float32",
+        "max_model_len": 4096,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 64 << 20,
+        "block_size": BLOCK,
+        "disable_log_stats": False,
+        "seed": 0,
+        "kv_transfer_config": config.kv_transfer_config() if config else None,
+    }
+    llm = LLM(model=model, **defaults | settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def connector(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler.connector
+
+
+def worker_of_this_process() -> Any:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()._worker.worker
+
+
+def counters(llm: Any) -> dict[str, int]:
+    counted: dict[str, int] = connector(llm)._scheduler.offload.counters.as_dict()
+    return counted
+
+
+def answers(llm: Any, asked: list[Any], tokens: int = 40) -> tuple[list[list[int]], list[int]]:
+    """Greedy output tokens and cached tokens of each prompt."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+    outs = llm.generate(asked, greedy, use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in outs], [o.num_cached_tokens for o in outs]
+
+
+def whole_blocks(lengths: list[int]) -> list[int]:
+    return [(n - 1) // BLOCK * BLOCK for n in lengths]
