@@ -104,6 +104,8 @@ class StepReport:
     failed: frozenset[int] = frozenset()
     num_slots: int | None = None
     load_bytes_per_s: float | None = None
+    layered_loads: int = 0
+    """Steps whose loads each layer waited for by itself."""
     unwaited_layers: int = 0
     """Layers that ran though their load was not known to have ended."""
 
@@ -117,6 +119,7 @@ class StepReport:
             self.failed | other.failed,
             _least(self.num_slots, other.num_slots),
             _least(self.load_bytes_per_s, other.load_bytes_per_s),
+            max(self.layered_loads, other.layered_loads),
             self.unwaited_layers + other.unwaited_layers,
         )
 

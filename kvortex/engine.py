@@ -105,7 +105,9 @@ class KVortexEngine:
         pinned = self._layout.device.type == "cuda"
         self._pool = HostPool(num_slots, self._layout.slot_bytes, pinned)
         self._worker = open_worker(self._layout, self._pool, config.num_cuda_streams)
-        self._scheduler = OffloadScheduler(HostTier(num_slots, policy))
+        self._scheduler = OffloadScheduler(
+            HostTier(num_slots, policy), slot_bytes=self._layout.slot_bytes
+        )
         self._unsettled: set[int] = set()
         self._failed_jobs: set[int] = set()
         self._closed = False
@@ -148,8 +150,8 @@ class KVortexEngine:
         self._poll()
         return [self._scheduler.tier.lookup(_checked_key(key)) is not None for key in keys]
 
-    def stats(self) -> dict[str, int]:
-        """Slots by state, and blocks by what became of them since start."""
+    def stats(self) -> dict[str, int | float]:
+        """Slots by state, and blocks by what became of them since start (`metrics.Counters`)."""
         self._poll()
         tier = self._scheduler.tier
         return {
@@ -158,7 +160,6 @@ class KVortexEngine:
             "reserved_slots": tier.index.reserved,
             "resident_slots": tier.index.resident,
             "slot_bytes": self._layout.slot_bytes,
-            "evicted_blocks": tier.evictions,
             **self._scheduler.counters.as_dict(),
         }
 

@@ -6,6 +6,7 @@ Runs in vLLM's scheduler process, on its thread; imports neither torch nor trito
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ class Flight:
     direction: Direction
     blocks: list[Block]
     ranks_left: int
+    planned_at: float
     failed: bool = False
     discard: bool = False
     """A store whose source may hold wrong bytes, or which was made before a reset."""
@@ -41,8 +43,9 @@ class Flight:
 class OffloadScheduler:
     """Decides what moves. Bytes are readable only after every rank reported its store."""
 
-    def __init__(self, tier: HostTier, num_ranks: int = 1) -> None:
+    def __init__(self, tier: HostTier, num_ranks: int = 1, slot_bytes: int = 0) -> None:
         self.tier = tier
+        self._block_bytes = slot_bytes * num_ranks
         self.counters = Counters()
         self._num_ranks = num_ranks
         self._flights: dict[int, Flight] = {}
@@ -54,7 +57,12 @@ class OffloadScheduler:
     @property
     def pending(self) -> bool:
         """Whether a job is planned or under way."""
-        return bool(self._flights)
+        return self.num_pending > 0
+
+    @property
+    def num_pending(self) -> int:
+        """Jobs planned or under way."""
+        return len(self._flights)
 
     def wants(self, key: BlockKey) -> bool:
         """Whether a store of the key would add anything: it is neither readable nor arriving."""
@@ -72,6 +80,7 @@ class OffloadScheduler:
         The source blocks must stay as they are until `settle` returns the job.
         """
         blocks = self.tier.reserve(keys)
+        self.counters.evicted_blocks = self.tier.evictions
         self.counters.refused_stores += len(keys) - len(blocks)
         return self._plan(Direction.STORE, blocks, block_ids[: len(blocks)]) if blocks else None
 
@@ -112,6 +121,7 @@ class OffloadScheduler:
         """
         if report.num_slots is not None:
             self.tier.index.limit(report.num_slots)
+        self.counters.layered_loads += report.layered_loads
         if report.unwaited_layers:
             self.counters.unwaited_layers += report.unwaited_layers
             self.discard_stores()
@@ -146,7 +156,9 @@ class OffloadScheduler:
         slots = np.fromiter((block.slot for block in blocks), np.int64, len(blocks))
         job = Job(self._next_job_id, np.asarray(ids, np.int64), slots, request_id)
         self._next_job_id += 1
-        self._flights[job.id] = Flight(job, direction, blocks, self._num_ranks)
+        now = time.perf_counter()
+        self._flights[job.id] = Flight(job, direction, blocks, self._num_ranks, now)
+        self.counters.apart_loads += request_id is not None
         self._new[direction].append(job)
         return job
 
@@ -176,6 +188,8 @@ class OffloadScheduler:
         self.tier.unpin(flight.blocks)
         if not flight.failed:
             self.counters.loaded_blocks += len(flight.blocks)
+            self.counters.loaded_bytes += len(flight.blocks) * self._block_bytes
+            self.counters.load_seconds += time.perf_counter() - flight.planned_at
             return
         self.counters.failed_loads += len(flight.blocks)
         self.tier.forget(flight.blocks)
@@ -185,6 +199,8 @@ class OffloadScheduler:
         if not flight.failed and not flight.discard:
             self.tier.commit(flight.blocks)
             self.counters.stored_blocks += len(flight.blocks)
+            self.counters.stored_bytes += len(flight.blocks) * self._block_bytes
+            self.counters.store_seconds += time.perf_counter() - flight.planned_at
             return
         self.tier.abort(flight.blocks)
         if flight.failed:

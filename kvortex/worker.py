@@ -49,6 +49,7 @@ class Worker:
         self._misled = False
         self._arrived: set[str] = set()
         self._failed_requests: set[str] = set()
+        self._layered_loads = 0
         self._unwaited_layers = 0
         self._logged = False
         self._to_tell: tuple[int | None, float | None] = (
@@ -98,10 +99,14 @@ class Worker:
         """What ended since the last report."""
         self._poll()
         report = StepReport(
-            self._finished, frozenset(self._failed), *self._to_tell, self._unwaited_layers
+            self._finished,
+            frozenset(self._failed),
+            *self._to_tell,
+            self._layered_loads,
+            self._unwaited_layers,
         )
         self._finished, self._failed, self._to_tell = {}, set(), (None, None)
-        self._unwaited_layers = 0
+        self._layered_loads = self._unwaited_layers = 0
         return report
 
     def take_arrived(self) -> set[str]:
@@ -132,8 +137,9 @@ class Worker:
     def _load_awaited(self, jobs: Sequence[Job], *, by_layer: bool) -> None:
         """Start loads that this step's forward needs."""
         tickets = self._launch(Direction.LOAD, jobs, by_layer=by_layer)
-        if by_layer:
+        if by_layer and tickets:
             self._gate.close(tickets)
+            self._layered_loads += 1
         else:
             for ticket in tickets:
                 self._copy_engine.fence(ticket)

@@ -57,8 +57,8 @@ def worker_of_this_process() -> Any:
     return get_kv_transfer_group()._worker.worker
 
 
-def counters(llm: Any) -> dict[str, int]:
-    counted: dict[str, int] = connector(llm)._scheduler.offload.counters.as_dict()
+def counters(llm: Any) -> dict[str, float]:
+    counted: dict[str, float] = connector(llm)._scheduler.offload.counters.as_dict()
     return counted
 
 

@@ -208,7 +208,7 @@ def test_each_layer_waits_for_its_own_part() -> None:
         worker.pass_layer(name)
         assert engine.fenced == engine.tickets[:count]
     worker.store()
-    assert worker.report() == StepReport()
+    assert worker.report() == StepReport(layered_loads=1)
     for ticket in engine.tickets:
         ticket.finish()
     assert worker.report() == StepReport(finished(1))
@@ -240,7 +240,7 @@ def test_a_layer_that_did_not_come_by_is_told_and_ends_the_trust() -> None:
     worker.store()  # of a forward that may have read too early: nothing of it is kept
     assert engine.directions == [Direction.LOAD] * 3
     report = worker.report()
-    assert report == StepReport(finished(2), frozenset({2}), unwaited_layers=2)
+    assert report == StepReport(finished(2), frozenset({2}), layered_loads=1, unwaited_layers=2)
     worker.begin(plan_of(job(3, (0, 5))), "abc")
     assert engine.fenced[-1] is engine.tickets[-1]
     assert len(engine.tickets) == 4

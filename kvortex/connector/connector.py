@@ -23,7 +23,7 @@ from kvortex.connector.geometry import geometry_of, unsupported
 from kvortex.connector.hooks import hooked_layers
 from kvortex.connector.messages import PlanMessage, ReportMessage
 from kvortex.connector.scheduler_side import SchedulerSide
-from kvortex.connector.stats import CounterDiff, KVortexPromMetrics, KVortexStats
+from kvortex.connector.stats import Changes, KVortexPromMetrics, KVortexStats
 from kvortex.connector.worker_side import WorkerSide
 from kvortex.core import KVortexError
 from kvortex.host_pool import require_free_memory
@@ -67,7 +67,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         self._geometry = None
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
-        self._counter_diff = CounterDiff()
+        self._changes = Changes()
         one_group = len(kv_cache_config.kv_cache_groups) == 1
         self._names_blocks = one_group or KVConnectorTransferResults is None
         reason = unsupported(vllm_config, kv_cache_config)
@@ -85,10 +85,10 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
     # Both sides
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        """Increases of the scheduler side's counters."""
+        """What changed of the scheduler side's counters and gauges."""
         if self._scheduler is None:
             return None
-        return self._counter_diff.take(self._scheduler.offload.counters)
+        return self._changes.take(self._scheduler.offload.counters, self._scheduler.gauges)
 
     def shutdown(self) -> None:
         """Give memory and streams back. May be called twice."""

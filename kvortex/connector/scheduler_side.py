@@ -9,6 +9,7 @@ from kvortex.connector.tracked_request import TrackedRequest
 from kvortex.core import Direction, StepPlan
 from kvortex.cost_model import CostModel
 from kvortex.engine import slots_in_pool
+from kvortex.metrics import Gauges
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
 from kvortex.prefix_match import longest_prefix
@@ -55,7 +56,7 @@ class SchedulerSide:
             load_policy(config.eviction_policy, num_slots),
             load_admission(config.admission, num_slots),
         )
-        self.offload = OffloadScheduler(tier, geometry.num_ranks)
+        self.offload = OffloadScheduler(tier, geometry.num_ranks, geometry.slot_bytes)
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
         self._config = config
         self._reaches = geometry.reaches
@@ -78,6 +79,18 @@ class SchedulerSide:
         """Whether a store under way is the last holder of a GPU block."""
         return any(block.ref_cnt == 1 for held in self._held.values() for block in held)
 
+    @property
+    def gauges(self) -> Gauges:
+        """How things stand."""
+        index = self.offload.tier.index
+        return Gauges(
+            slots=index.num_slots,
+            resident_slots=index.resident,
+            transfers_under_way=self.offload.num_pending,
+            prefill_tokens_per_second=self.costs.prefill_tokens_per_s or 0.0,
+            load_bytes_per_second=self.costs.load_bytes_per_s or 0.0,
+        )
+
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens after the computed ones to load, and whether the request waits for them apart.
 
@@ -93,8 +106,10 @@ class SchedulerSide:
             self.offload.tier.readable, keys, self._reaches, tracked.first, self._block_tokens
         )
         num_tokens = (end - tracked.first) * self._block_tokens
+        tracked.unpaid = num_tokens
         if num_tokens <= 0 or not self._pays(num_tokens):
             return 0, False
+        tracked.unpaid = 0
         tracked.apart = self._waits_apart(num_tokens)
         return num_tokens, tracked.apart
 
@@ -107,6 +122,9 @@ class SchedulerSide:
             tracked.touched = True
             self._touch(tracked)
         self._running += 1
+        self.offload.counters.unpaid_tokens += tracked.unpaid
+        self.offload.counters.hit_tokens += num_external_tokens
+        tracked.unpaid = 0
         if num_external_tokens:
             self._load(tracked, num_external_tokens)
 

@@ -1,4 +1,4 @@
-"""KVortex's counters on vLLM's own roads: its periodic log line and its /metrics page."""
+"""KVortex's counters and gauges on vLLM's own roads: its periodic log line and its /metrics."""
 
 from __future__ import annotations
 
@@ -10,54 +10,60 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvortex.metrics import Counters
+from kvortex.metrics import Counters, Gauges
+
+GAUGES = {gauge.name for gauge in fields(Gauges)}
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
 class KVortexStats(KVConnectorStats):
-    """Counter name to increase since the last step."""
+    """Name of a counter to its increase since the last step, or of a gauge to its value."""
 
-    data: dict[str, int]
+    data: dict[str, int | float]
 
     def reset(self) -> None:
         """Start again from nothing."""
         self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        """Add another's increases to these."""
-        for name, increase in other.data.items():
-            self.data[name] = self.data.get(name, 0) + increase
+        """Add another's increases to these; its gauges are the newer ones."""
+        for name, number in other.data.items():
+            self.data[name] = number if name in GAUGES else self.data.get(name, 0) + number
         return self
 
     def reduce(self) -> dict[str, int | float]:
         """What the log line shows."""
-        return dict(self.data)
+        return {name: round(number, 3) for name, number in self.data.items()}
 
     def is_empty(self) -> bool:
-        """Whether nothing increased."""
-        return not any(self.data.values())
+        """Whether nothing changed."""
+        return not self.data
 
 
-class CounterDiff:
-    """Remembers what was last handed out of some counters."""
+class Changes:
+    """Remembers what was last handed out."""
 
     def __init__(self) -> None:
-        self._last = Counters().as_dict()
+        self._counters = Counters().as_dict()
+        self._gauges = Gauges().as_dict()
 
-    def take(self, counters: Counters) -> KVortexStats | None:
-        """Increases since the last call; None if there are none."""
-        now = counters.as_dict()
-        increase = {
-            name: now[name] - self._last[name] for name in now if now[name] != self._last[name]
+    def take(self, counters: Counters, gauges: Gauges) -> KVortexStats | None:
+        """Increases and new values since the last call; None if there are none."""
+        now, levels = counters.as_dict(), gauges.as_dict()
+        changed: dict[str, int | float] = {
+            name: now[name] - self._counters[name]
+            for name in now
+            if now[name] != self._counters[name]
         }
-        self._last = now
-        return KVortexStats(increase) if increase else None
+        changed |= {name: levels[name] for name in levels if levels[name] != self._gauges[name]}
+        self._counters, self._gauges = now, levels
+        return KVortexStats(changed) if changed else None
 
 
 class KVortexPromMetrics(KVConnectorPromMetrics):
-    """`vllm:kvortex_<counter>_total` for each counter, labelled like vLLM's own metrics.
+    """`vllm:kvortex_<counter>_total` and `vllm:kvortex_<gauge>`, labelled like vLLM's own metrics.
 
     The prefix is vLLM's for its connectors: by it vLLM finds what a former engine registered.
     """
@@ -70,18 +76,23 @@ class KVortexPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._counters = {
-            counter.name: self._counter_cls(
-                name=f"vllm:kvortex_{counter.name}",
-                documentation=f"KVortex: {counter.name.replace('_', ' ')} since start.",
+        self._metrics = {
+            metric.name: kind(
+                name=f"vllm:kvortex_{metric.name}",
+                documentation=f"KVortex: {metric.name.replace('_', ' ')}{when}.",
                 labelnames=labelnames,
             )
-            for counter in fields(Counters)
+            for kind, metrics, when in (
+                (self._counter_cls, fields(Counters), " since start"),
+                (self._gauge_cls, fields(Gauges), " now"),
+            )
+            for metric in metrics
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Add one step's increases."""
+        """Take in one step's changes."""
         labels = self.per_engine_labelvalues[engine_idx]
-        for name, increase in transfer_stats_data.items():
-            if name in self._counters:
-                self._counters[name].labels(*labels).inc(increase)
+        for name, number in transfer_stats_data.items():
+            if name in self._metrics:
+                metric = self._metrics[name].labels(*labels)
+                metric.set(number) if name in GAUGES else metric.inc(number)

@@ -25,6 +25,8 @@ class TrackedRequest:
     considered: int = 0
     first: int = 0
     """Blocks that were on the GPU when vLLM asked last."""
+    unpaid: int = 0
+    """Tokens of a hit that it was told then to compute."""
     apart: bool = False
     """Whether it was told then to wait for its load while others run."""
     loading: bool = False

@@ -1,0 +1,109 @@
+"""What the scheduler side answers vLLM, on the real classes but without an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvortex import KVortexConfig
+from kvortex.core import ConfigError, StepReport
+from kvortex.prefix_match import Reach
+
+if TYPE_CHECKING:
+    from kvortex.connector.scheduler_side import SchedulerSide
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+BLOCK = 16
+SLOT_BYTES = 1 << 20
+
+
+def side(groups: int = 1, **settings: Any) -> SchedulerSide:
+    from kvortex.connector.geometry import Geometry
+    from kvortex.connector.scheduler_side import SchedulerSide
+
+    geometry = Geometry(("a",), (Reach(),) * groups, 4096, BLOCK, SLOT_BYTES, 1)
+    config = KVortexConfig(ram_pool_gb=4, **settings)
+    return SchedulerSide(config, geometry, tells_failed_requests=True)
+
+
+def request(tokens: int, params: dict[str, object] | None = None, number: int = 0) -> Any:
+    """As much of vLLM's Request as is looked at."""
+    hashes = [bytes([number]) * 24 + i.to_bytes(8, "big") for i in range(tokens // BLOCK)]
+    return SimpleNamespace(
+        request_id=f"r{number}",
+        num_tokens=tokens,
+        block_hashes=hashes,
+        kv_transfer_params=params,
+        skip_reading_prefix_cache=False,
+    )
+
+
+def filled(keeper: SchedulerSide, asked: Any) -> SchedulerSide:
+    """All of a prompt's blocks are readable."""
+    groups = range(len(keeper._reaches))
+    keys = [key for g in groups for key in keeper._track(asked).keys(g, 0, len(asked.block_hashes))]
+    job = keeper.offload.store(keys, list(range(len(keys))))
+    assert job is not None
+    keeper.offload.settle(StepReport({job.id: 1}))
+    return keeper
+
+
+def test_whole_blocks_and_a_token_left() -> None:
+    assert filled(side(), request(160)).match(request(160), 0) == (144, False)
+    assert filled(side(), request(161)).match(request(161), 32) == (128, False)
+    assert filled(side(), request(160)).match(request(160), 33) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("limit", "loaded"), [(0, 0), (15, 0), (16, 16), (100, 96), (10**9, 144), (-1, 144), ("x", 144)]
+)
+def test_a_client_limits_what_is_loaded(limit: object, loaded: int) -> None:
+    asked = request(160, {"max_load_tokens": limit})
+    assert filled(side(), asked).match(asked, 0) == (loaded, False)
+
+
+def test_a_short_hit_is_computed() -> None:
+    asked = request(160)
+    assert filled(side(min_load_tokens=144), asked).match(asked, 0) == (144, False)
+    assert filled(side(min_load_tokens=145), asked).match(asked, 0) == (0, False)
+
+
+def test_a_hit_is_loaded_where_that_is_faster() -> None:
+    asked = request(1600)
+    for load, link, loaded in (("auto", 1e12, 1584), ("auto", 1e6, 0), ("always", 1e6, 1584)):
+        keeper = filled(side(load=load), asked)
+        keeper.costs.prefill_tokens_per_s, keeper.costs.load_bytes_per_s = 10_000, link
+        assert keeper.match(asked, 0)[0] == loaded
+
+
+def test_a_long_load_waits_apart_only_beside_others() -> None:
+    asked = request(16_000)
+    keeper = filled(side(), asked)
+    keeper.costs.load_bytes_per_s = 50e9  # 1 GB: 20 ms
+    assert keeper.match(asked, 0) == (15_984, False)
+    keeper._running = 1
+    assert keeper.match(asked, 0) == (15_984, True)
+    assert keeper.match(asked, 15_200) == (784, False)  # 1 ms
+
+
+def test_several_groups_wait_apart_as_only_so_a_failure_can_be_told() -> None:
+    asked = request(160)
+    assert filled(side(groups=2), asked).match(asked, 0) == (144, True)
+
+
+def test_what_loading_is_asked_for_is_checked() -> None:
+    with pytest.raises(ConfigError, match="load='never': input should be 'auto' or 'always'"):
+        KVortexConfig(load="never")
+    with pytest.raises(ConfigError, match=r"min_load_tokens=-1: .*at least 0"):
+        KVortexConfig(min_load_tokens=-1)
+
+
+def test_a_thousand_blocks_are_looked_up_quickly(benchmark: Any) -> None:
+    """The request's keys are made once, when it is first seen."""
+    asked = request(16_016)
+    keeper = filled(side(), asked)
+    assert benchmark(lambda: keeper.match(asked, 0)) == (16_000, False)
