@@ -1,0 +1,309 @@
+"""What a serving engine is put through, one function for each scenario; each returns rows.
+
+All of them drive one vLLM engine step by step in this process, so that the moment of every token is
+known. Lengths are in tokens, and `scale` shrinks them for a quick look on a small machine.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    Row = dict[str, Any]
+
+LONG, CONTEXT = 32_768, 8_192
+SHORTEST = 128
+REPEATS = 5
+USERS, ON_GPU, CONCURRENCY, RETURNS = 32, 4, 8, 2
+NEW_TOKENS, ANSWER = 64, 32
+RUNNING, DECODED, BESIDE = 8, 256, 16
+CONVERSATIONS = 8
+
+
+@dataclass(slots=True, eq=False)
+class Asked:
+    """A request and when each of its tokens came, in seconds of `time.perf_counter`."""
+
+    prompt: list[int]
+    began: float
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    cached: int = 0
+
+    @property
+    def to_first_token(self) -> float:
+        return self.times[0] - self.began
+
+    @property
+    def gaps(self) -> list[float]:
+        return [after - before for before, after in pairwise(self.times)]
+
+    @property
+    def restorable(self) -> int:
+        """Tokens that have KV: the last one of an answer is never computed."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+
+class Serving:
+    """A vLLM in this process. Only its steps move it on, also what its connector has under way."""
+
+    def __init__(self, llm: Any, scale: float) -> None:
+        self._llm = llm
+        self._engine = llm.llm_engine
+        self._vocabulary: int = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+        self._scale = scale
+        self._asked: dict[str, Asked] = {}
+        self._count = 0
+        self.draw = random.Random(1)
+
+    def length(self, tokens: int) -> int:
+        return scaled(tokens, self._scale)
+
+    def prompt(self, length: int) -> list[int]:
+        return [self.draw.randrange(5, self._vocabulary) for _ in range(length)]
+
+    def submit(self, prompt: list[int], tokens: int) -> Asked:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=tokens,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self._count += 1
+        name = f"request-{self._count}"
+        asked = self._asked[name] = Asked(prompt, time.perf_counter())
+        self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        return asked
+
+    def step(self) -> list[Asked]:
+        """One step of the engine; the requests that it finished."""
+        outputs, now = self._engine.step(), time.perf_counter()
+        finished = []
+        for output in outputs:
+            asked = self._asked[output.request_id]
+            new = list(output.outputs[0].token_ids)
+            asked.tokens += new
+            asked.times += [now] * len(new)
+            asked.cached = output.num_cached_tokens or asked.cached
+            if output.finished:
+                finished.append(self._asked.pop(output.request_id))
+        return finished
+
+    def ask(self, prompt: list[int], tokens: int = 4) -> Asked:
+        """One request alone."""
+        asked = self.submit(prompt, tokens)
+        while asked not in self.step():
+            pass
+        return asked
+
+    def settle(self, seconds: float = 0.3) -> None:
+        """Let copies end, and be noticed: some connectors store in the step after."""
+        for _ in range(2):
+            self.ask(self.prompt(4), 2)
+            time.sleep(seconds)
+
+    def reset(self) -> None:
+        """Empty the GPU's prefix cache; vLLM refuses while a store still reads from it."""
+        deadline = time.monotonic() + 10
+        self.settle()
+        while not self._llm.reset_prefix_cache():
+            if time.monotonic() > deadline:
+                raise TimeoutError("the prefix cache cannot be reset: what follows would be hits")
+            self.settle(0.1)
+
+    def clear(self) -> None:
+        """Empty the GPU's prefix cache and, where the connector can, the host's."""
+        self.reset()
+        self._llm.reset_prefix_cache(reset_connector=True)
+
+
+def half(serving: Serving) -> list[Row]:
+    """First token of a prompt whose first half was seen before."""
+    seen = serving.length(LONG // 2)
+    return _hits(serving, seen, serving.length(LONG) - seen)
+
+
+def one_head(serving: Serving) -> list[Row]:
+    """First token of a prompt that was seen before; meant for a model with one KV head."""
+    return _hits(serving, serving.length(LONG), 0)
+
+
+def _hits(serving: Serving, seen: int, new: int) -> list[Row]:
+    known = serving.prompt(seen)
+    serving.ask(known + serving.prompt(new))
+    host, gpu = [], []
+    for _ in range(REPEATS):
+        serving.reset()
+        host.append(serving.ask(known + serving.prompt(new)))
+        serving.settle(0.1)
+        gpu.append(serving.ask(known + serving.prompt(new)))
+    return [
+        spread("first token, host hit", "s", [asked.to_first_token for asked in host]),
+        spread("first token, GPU hit", "s", [asked.to_first_token for asked in gpu]),
+        spread("host hit", "tokens", [asked.cached for asked in host]),
+        spread("GPU hit", "tokens", [asked.cached for asked in gpu]),
+    ]
+
+
+@dataclass(slots=True, eq=False)
+class _Talk:
+    """A conversation; `prompt` is what its user sends next."""
+
+    prompt: list[int]
+
+
+def users(serving: Serving) -> list[Row]:
+    """Conversations that return in random order while others are served."""
+    talks = [_Talk(serving.prompt(serving.length(CONTEXT))) for _ in range(USERS)]
+    _crowd(serving, talks)
+    serving.settle()
+    turns = [talk for _ in range(RETURNS) for talk in serving.draw.sample(talks, USERS)]
+    began = time.perf_counter()
+    asked = _crowd(serving, turns)
+    seconds = time.perf_counter() - began
+    cached = sum(one.cached for one in asked) / sum(len(one.prompt) for one in asked)
+    return [
+        single("served", "requests/s", len(asked) / seconds),
+        spread("first token, returning", "s", [one.to_first_token for one in asked]),
+        single("cached", "share", cached),
+    ]
+
+
+def _crowd(serving: Serving, turns: list[_Talk]) -> list[Asked]:
+    """Serve turns in their order, a few at once; nobody speaks before the last answer is there."""
+    waiting, running, done = list(turns), dict[Asked, _Talk](), list[Asked]()
+    while waiting or running:
+        busy = list(running.values())
+        ready = [talk for talk in dict.fromkeys(waiting) if talk not in busy]
+        for talk in ready[: CONCURRENCY - len(busy)]:
+            waiting.remove(talk)
+            running[serving.submit(talk.prompt, ANSWER)] = talk
+        for asked in serving.step():
+            running.pop(asked).prompt = asked.prompt + asked.tokens + serving.prompt(NEW_TOKENS)
+            done.append(asked)
+    return done
+
+
+def decode(serving: Serving) -> list[Row]:
+    """Time per token of running requests, beside others that bring prompts.
+
+    First nothing is beside them, then new prompts (which are stored), then the same as GPU hits
+    (nothing moves; what a connector is to be compared with) and as host hits (without a connector:
+    computed).
+    """
+    beside = [serving.prompt(serving.length(CONTEXT)) for _ in range(BESIDE)]
+    rows = _running(serving, "alone", [])
+    rows += _running(serving, "beside new prompts", beside)
+    serving.settle()
+    rows += _running(serving, "beside GPU hits", beside)
+    serving.reset()
+    return rows + _running(serving, "beside host hits", beside)
+
+
+def _running(serving: Serving, what: str, beside: list[list[int]]) -> list[Row]:
+    """The running requests' tokens from when all have begun; others come at even distances."""
+    running = [serving.submit(serving.prompt(SHORTEST), DECODED) for _ in range(RUNNING)]
+    while not all(asked.times for asked in running):
+        serving.step()
+    began, others, steps = time.perf_counter(), list[Asked](), 0
+    ended = list[Asked]()
+    while len(ended) < RUNNING + len(beside):
+        if steps % (DECODED // BESIDE) == 0 and len(others) < len(beside):
+            others.append(serving.submit(beside[len(others)], 1))
+        ended += serving.step()
+        steps += 1
+    gaps = [
+        1000 * gap
+        for asked in running
+        for gap, at in zip(asked.gaps, asked.times, strict=False)
+        if at >= began
+    ]
+    rows = [spread(what, "ms/token", gaps), single(what, "mean ms/token", sum(gaps) / len(gaps))]
+    if others:
+        share = sum(one.cached for one in others) / sum(len(one.prompt) for one in others)
+        rows.append(single(what, "cached share", share))
+    return rows
+
+
+def restore(serving: Serving, block_tokens: int = 16) -> list[Row]:
+    """Share of the tokens of long conversations that need not be computed when they return."""
+    length = serving.length(LONG) - NEW_TOKENS - ANSWER
+    first = [serving.ask(serving.prompt(length), ANSWER) for _ in range(CONVERSATIONS)]
+    serving.settle()
+    again = [
+        serving.ask(asked.prompt + asked.tokens + serving.prompt(NEW_TOKENS), 1) for asked in first
+    ]
+    whole = sum(asked.restorable // block_tokens * block_tokens for asked in first)
+    return [
+        single("restored", "share", sum(asked.cached for asked in again) / whole),
+        spread("first token, returning", "s", [asked.to_first_token for asked in again]),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A scenario and the engine that it needs; those that need the same one share a process."""
+
+    run: Callable[[Serving], list[Row]]
+    one_head: bool = False
+    capped: bool = False
+    """Whether the GPU's KV cache is held down to `ON_GPU` conversations."""
+    host_gib: float = 0
+    """At least so much host memory."""
+
+
+SCENARIOS = {
+    "half": Scenario(half),
+    "decode": Scenario(decode),
+    "one-head": Scenario(one_head, one_head=True),
+    "users": Scenario(users, capped=True),
+    "restore": Scenario(restore, capped=True, host_gib=32),
+}
+
+
+def scaled(tokens: int, scale: float) -> int:
+    return max(SHORTEST, round(tokens * scale))
+
+
+def capped_blocks(scale: float, block_tokens: int) -> int:
+    """GPU blocks for `ON_GPU` whole conversations, and vLLM's null block."""
+    longest = scaled(CONTEXT, scale) + RETURNS * NEW_TOKENS + (RETURNS + 1) * ANSWER
+    return ON_GPU * math.ceil(longest / block_tokens) + 1
+
+
+def longest_request(scale: float) -> int:
+    """Tokens of the longest request of any scenario."""
+    return scaled(LONG, scale) + 2 * (DECODED if scale < 1 else ANSWER)
+
+
+def spread(measure: str, unit: str, samples: Iterable[float]) -> Row:
+    """A row of quantiles; `value` is the median."""
+    ordered = sorted(samples)
+    quantiles = {f"p{q}": _round(_quantile(ordered, q / 100)) for q in (20, 80, 99)}
+    return {"measure": measure, "unit": unit, "value": _round(_quantile(ordered, 0.5))} | quantiles
+
+
+def single(measure: str, unit: str, value: float) -> Row:
+    """A row of one number."""
+    return {"measure": measure, "unit": unit, "value": _round(value)} | dict.fromkeys(
+        ("p20", "p80", "p99"), ""
+    )
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    return ordered[round(q * (len(ordered) - 1))]
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.5g}")
