@@ -309,3 +309,79 @@ def test_both_sides_count_slots_alike_where_layers_differ() -> None:
     assert sides[0] == sides[1]
     assert (sides[0].num_gpu_blocks, sides[0].slot_bytes) == (7, block_bytes)
     assert unsupported(vllm, of_worker) is unsupported(vllm, of_scheduler) is None
+
+
+def extended(asked: list[dict[str, list[int]]], more: int) -> list[dict[str, list[int]]]:
+    """Each prompt with as many new tokens behind it."""
+    ends = prompts([more] * len(asked), seed=1)
+    return [
+        {"prompt_token_ids": one["prompt_token_ids"] + end["prompt_token_ids"]}
+        for one, end in zip(asked, ends, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="eager"),
+        pytest.param({"enforce_eager": False}, id="cuda-graphs", marks=[pytest.mark.gpu, NO_CUDA]),
+    ],
+)
+def test_layers_wait_for_their_own_part_where_much_is_computed(
+    tiny_model: str, settings: dict[str, Any]
+) -> None:
+    halves = prompts([512, 777, 1000])
+    whole = extended(halves, 500)
+    with running(tiny_model, None, **settings) as llm:
+        expected = answers(llm, whole)[0]
+    with running(tiny_model, 0.5, **settings) as llm:
+        answers(llm, halves)
+        for _ in range(3):
+            assert llm.reset_prefix_cache()
+            restored, cached = answers(llm, whole)
+            assert restored == expected
+            assert min(cached) > 0
+        counted = counters(llm)
+        assert counted["layered_loads"] > 0
+        assert counted["unwaited_layers"] == counted["apart_loads"] == 0
+
+
+def test_long_loads_wait_apart_from_running_requests(
+    tiny_model: str, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prompts(LENGTHS)
+    with running(tiny_model, 0.5) as llm:
+        answers(llm, asked)
+        costs = connector(llm)._scheduler.costs
+        monkeypatch.setattr(type(costs), "pauses", lambda *_: True)
+        assert llm.reset_prefix_cache()
+        restored, cached = answers(llm, asked)
+        assert restored == expected
+        assert cached == whole_blocks(LENGTHS)
+        assert counters(llm)["apart_loads"] > 0
+        assert connector(llm)._scheduler.offload.pending is False
+
+
+def test_a_load_apart_that_fails_is_computed_again(
+    tiny_model: str, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prompts(LENGTHS)
+    with running(tiny_model, 0.5) as llm:
+        answers(llm, asked)
+        side, engine = connector(llm)._scheduler, worker_of_this_process()._copy_engine
+        monkeypatch.setattr(type(side.costs), "pauses", lambda *_: True)
+        side._running = 1
+        copy = engine.copy
+
+        def failing(direction: Direction, ids: Any, slots: Any) -> Any:
+            if direction is Direction.LOAD and len(ids) % 2:
+                raise TransferError("injected")
+            return copy(direction, ids, slots)
+
+        monkeypatch.setattr(engine, "copy", failing)
+        assert llm.reset_prefix_cache()
+        assert answers(llm, asked)[0] == expected
+        counted = counters(llm)
+        assert counted["failed_loads"] > 0
+        assert counted["loaded_blocks"] > 0
+        assert connector(llm)._scheduler.offload.pending is False
