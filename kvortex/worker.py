@@ -131,8 +131,14 @@ class Worker:
         return {job.id: launch.ticket for launch in self._launches for job in launch.jobs}
 
     def close(self) -> None:
-        """Let copies end, so that `report` tells of all; nothing can be launched afterwards."""
+        """Let copies end, so that `report` tells of all; nothing can be launched until `reopen`."""
         self._copy_engine.close()
+        self._poll()
+
+    def reopen(self, copy_engine: CopyEngine) -> None:
+        """Go on after `close`, over KV tensors of the same layout and the same pool."""
+        self._copy_engine = copy_engine
+        self._gate = LayerGate(copy_engine.layout.pages_of, copy_engine.fence)
 
     def _load_awaited(self, jobs: Sequence[Job], *, by_layer: bool) -> None:
         """Start loads that this step's forward needs."""

@@ -385,3 +385,22 @@ def test_a_load_apart_that_fails_is_computed_again(
         assert counted["failed_loads"] > 0
         assert counted["loaded_blocks"] > 0
         assert connector(llm)._scheduler.offload.pending is False
+
+
+def test_sleep_is_refused_where_vllm_does_not_tell_of_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from types import SimpleNamespace
+
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1 as base
+
+    from kvortex.connector import connector as module
+
+    vllm: Any = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True))
+    if hasattr(base, "unregister_kv_caches"):
+        module._require_news_of_sleep(vllm)
+        monkeypatch.delattr(base, "unregister_kv_caches")
+    with pytest.raises(ConfigError, match="turn it off"):
+        module._require_news_of_sleep(vllm)
+    vllm.model_config.enable_sleep_mode = False
+    module._require_news_of_sleep(vllm)

@@ -279,3 +279,17 @@ def test_a_load_of_a_request_without_blocks_arrives(engine: CommandedCopyEngine)
     worker.begin(StepPlan((Job(1, nothing, nothing, "r"),)))
     assert worker.take_arrived() == {"r"}
     assert worker.report() == StepReport(finished(1))
+
+
+def test_what_ended_before_it_slept_is_told_when_it_wakes(engine: CommandedCopyEngine) -> None:
+    worker = running(engine)
+    worker.begin(StepPlan((replace(job(1, (1, 5)), request_id="r"),), (job(2, (3, 6)),)))
+    worker.store()
+    worker.close()
+    woken = commanded()
+    worker.reopen(woken)
+    assert worker.take_arrived() == {"r"}
+    assert worker.report() == StepReport(finished(1, 2))
+    worker.begin(StepPlan((job(3, (0, 5)),)))
+    assert woken.fenced == woken.tickets
+    assert len(engine.tickets) == 2

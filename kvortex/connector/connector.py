@@ -25,7 +25,7 @@ from kvortex.connector.messages import PlanMessage, ReportMessage
 from kvortex.connector.scheduler_side import SchedulerSide
 from kvortex.connector.stats import Changes, KVortexPromMetrics, KVortexStats
 from kvortex.connector.worker_side import WorkerSide
-from kvortex.core import KVortexError
+from kvortex.core import ConfigError, KVortexError
 from kvortex.host_pool import require_free_memory
 from kvortex.plugins import load_admission, load_policy
 
@@ -64,6 +64,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         _log_like_vllm()
         extra = self._kv_transfer_config.kv_connector_extra_config
         self._config = _checked_config(extra)
+        _require_news_of_sleep(vllm_config)
         self._geometry = None
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -107,6 +108,16 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         except KVortexError as error:
             logger.error("KVortex cannot start: %s", error)
             raise
+
+    def unregister_kv_caches(self) -> None:
+        """vLLM takes the KV cache's memory away, to sleep; since 0.33."""
+        if self._worker is not None:
+            self._worker.sleep()
+
+    def restore_kv_caches(self) -> None:
+        """vLLM woke up."""
+        if self._worker is not None:
+            self._worker.wake_up()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Start this step's loads. The model's stream waits for those that the forward needs."""
@@ -285,6 +296,15 @@ def _checked_config(extra: dict[str, Any] | None) -> KVortexConfig:
         logger.error("KVortex cannot start: %s", error)
         raise
     return config
+
+
+def _require_news_of_sleep(vllm_config: VllmConfig) -> None:
+    """Raises ConfigError where vLLM would take the KV cache's memory away and not say so."""
+    sleeps = vllm_config.model_config is not None and vllm_config.model_config.enable_sleep_mode
+    if sleeps and not hasattr(KVConnectorBase_V1, "unregister_kv_caches"):
+        reason = "enable_sleep_mode=True: KVortex can sleep from vLLM 0.33 on only; turn it off"
+        logger.error("KVortex cannot start: %s", reason)
+        raise ConfigError(reason)
 
 
 def _log_like_vllm() -> None:

@@ -13,7 +13,7 @@ from kvortex.config import GIB
 from kvortex.engine import slots_in_pool
 from kvortex.host_pool import HostPool, free_memory_bytes, require_free_memory
 from kvortex.layout import make_layout
-from kvortex.worker import open_worker
+from kvortex.worker import open_copy_engine, open_worker
 
 if TYPE_CHECKING:
     from kvortex.config import KVortexConfig
@@ -30,6 +30,9 @@ class WorkerSide:
     ) -> None:
         own = {name: kv_caches[name] for name in geometry.layer_names if name in kv_caches}
         layout = make_layout(own, geometry.num_gpu_blocks)
+        self._layout = layout
+        self._num_streams = config.num_cuda_streams
+        self._asleep = False
         num_slots = slots_in_pool(config, geometry.slot_bytes, geometry.num_ranks)
         size = num_slots * layout.slot_bytes
         free, ranks = _memory_of_all_ranks()
@@ -44,6 +47,18 @@ class WorkerSide:
             geometry.num_gpu_blocks * geometry.block_tokens,
             layout.device,
         )
+
+    def sleep(self) -> None:
+        """Let copies end and leave the GPU; the host's blocks stay. May be called twice."""
+        if not self._asleep:
+            self._asleep = True
+            self.worker.close()
+
+    def wake_up(self) -> None:
+        """The KV tensors are where they were, without their bytes. May be called twice."""
+        if self._asleep:
+            self.worker.reopen(open_copy_engine(self._layout, self._pool, self._num_streams))
+            self._asleep = False
 
     def close(self) -> None:
         """Let copies end and give the memory back."""
