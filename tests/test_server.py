@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,22 @@ def test_streamed_output_is_equal_and_metrics_show_the_hits(
         assert server.counter("vllm:kvortex_loaded_blocks") == hits // BLOCK
         assert server.counter("vllm:kvortex_stored_blocks") >= hits // BLOCK
         assert server.counter("vllm:kvortex_failed_loads") == 0
+
+
+@pytest.mark.usefixtures("processes")
+def test_speculative_decoding(tiny_model: str, tmp_path: Path) -> None:
+    """Prompts repeat themselves, so that something is drafted."""
+    asked = [(prompt[:40] * 30)[:length] for prompt, length in zip(prompts(), LENGTHS, strict=True)]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    arguments = [*ARGUMENTS.split(), "--speculative-config", json.dumps(drafts)]
+    transfer = KVortexConfig(ram_pool_gb=0.5).kv_transfer_config()
+    with Server(tiny_model, tmp_path, arguments, transfer) as server:
+        cold = [server.complete(prompt, 30).token_ids for prompt in asked]
+        assert server.counter("vllm:spec_decode_num_draft_tokens") > 0
+        server.reset_prefix_cache()
+        assert [server.complete(prompt, 30).token_ids for prompt in asked] == cold
+        hits = sum((length - 1) // BLOCK * BLOCK for length in LENGTHS)
+        assert server.counter("vllm:external_prefix_cache_hits") == hits
 
 
 @pytest.mark.usefixtures("processes")
