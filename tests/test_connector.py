@@ -294,6 +294,8 @@ def test_both_sides_count_slots_alike_where_layers_differ() -> None:
 
     from kvortex.connector.geometry import geometry_of, unsupported
 
+    if not hasattr(kv_cache_utils, "get_kv_cache_config_from_groups"):
+        pytest.skip("this vLLM makes its tensors by other functions")
     shape = {"block_size": 32, "head_size": 8, "dtype": torch.float32}
     layers = {f"{heads}": FullAttentionSpec(**shape, num_kv_heads=heads) for heads in (1, 2, 5)}
     group = KVCacheGroupSpec(list(layers), UniformTypeKVCacheSpecs(32, layers))
