@@ -107,3 +107,11 @@ def test_a_thousand_blocks_are_looked_up_quickly(benchmark: Any) -> None:
     asked = request(16_016)
     keeper = filled(side(), asked)
     assert benchmark(lambda: keeper.match(asked, 0)) == (16_000, False)
+
+
+def test_keys_are_vllms_own() -> None:
+    from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+
+    asked = request(48)
+    own = [make_block_hash_with_group_id(BlockHash(h), 1) for h in asked.block_hashes]
+    assert side(groups=2)._track(asked).keys(1, 0, 3) == own

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
 from kvortex.connector.request_limits import RequestLimits
 
@@ -47,8 +47,8 @@ class TrackedRequest:
         known = self._keys.setdefault(group, [])
         hashes = self.request.block_hashes
         if len(known) < len(hashes):
-            new = hashes[len(known) :]
-            known += [make_block_hash_with_group_id(block_hash, group) for block_hash in new]
+            suffix = make_block_hash_with_group_id(BlockHash(b""), group)
+            known += [block_hash + suffix for block_hash in hashes[len(known) :]]
         return known[first:last]
 
     def most_loaded(self, num_tokens: int) -> int:
