@@ -60,7 +60,7 @@ class Calibration:
 def defaults() -> Calibration:
     """Safe on any machine, good on an H200 over PCIe 5 (bench/bench_transfer.py)."""
     choices = {}
-    for page in (4 << 10, 2 << 20):
+    for page in (4 << 10, LARGE_PAGE_BYTES // 2, 2 * LARGE_PAGE_BYTES):  # the nearest is taken
         large = DMA if page >= LARGE_PAGE_BYTES else STAGED
         choices[page] = {
             Direction.STORE: Choice(ZERO_COPY, large, 4 << 20, 4 << 20, 8),

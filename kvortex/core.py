@@ -87,6 +87,8 @@ class StepPlan:
     by_layer: bool = False
     """Whether this step computes enough to hide its loads behind: then each layer waits for its
     own part of them only."""
+    step: int | None = None
+    """Number of this step, if the scheduler wants to hear of its end."""
     lost_block_ids: tuple[int, ...] = ()
     """GPU blocks that were promised a load whose source is gone; they must be recomputed."""
 
@@ -106,6 +108,8 @@ class StepReport:
     load_bytes_per_s: float | None = None
     layered_loads: int = 0
     """Steps whose loads each layer waited for by itself."""
+    step: int | None = None
+    """Number of the step that ended with this report."""
     unwaited_layers: int = 0
     """Layers that ran though their load was not known to have ended."""
 
@@ -120,6 +124,7 @@ class StepReport:
             _least(self.num_slots, other.num_slots),
             _least(self.load_bytes_per_s, other.load_bytes_per_s),
             max(self.layered_loads, other.layered_loads),
+            _least(self.step, other.step),
             self.unwaited_layers + other.unwaited_layers,
         )
 

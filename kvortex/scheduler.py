@@ -105,10 +105,13 @@ class OffloadScheduler:
             return None
         return self._plan(Direction.LOAD, blocks, ids, request_id)
 
-    def take_plan(self, has_forward: bool = True, by_layer: bool = False) -> StepPlan:
+    def take_plan(
+        self, has_forward: bool = True, by_layer: bool = False, step: int | None = None
+    ) -> StepPlan:
         """Everything planned since the last call, for the workers."""
         loads, stores = self._new[Direction.LOAD], self._new[Direction.STORE]
-        plan = StepPlan(tuple(loads), tuple(stores), has_forward, by_layer, tuple(self._lost))
+        lost = tuple(self._lost)
+        plan = StepPlan(tuple(loads), tuple(stores), has_forward, by_layer, step, lost)
         self._new = {Direction.STORE: [], Direction.LOAD: []}
         self._lost = []
         return plan

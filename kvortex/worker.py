@@ -50,6 +50,7 @@ class Worker:
         self._arrived: set[str] = set()
         self._failed_requests: set[str] = set()
         self._layered_loads = 0
+        self._step: int | None = None
         self._unwaited_layers = 0
         self._logged = False
         self._to_tell: tuple[int | None, float | None] = (
@@ -65,6 +66,7 @@ class Worker:
             hooked_layers: those that will tell `pass_layer` when they run in this step. Where they
                 cannot be relied on, all that the current stream does next waits for the loads.
         """
+        self._step = plan.step
         self._bad_blocks.update(plan.lost_block_ids)
         self._misled = self._misled or bool(plan.lost_block_ids)
         awaited = [job for job in plan.loads if job.request_id is None]
@@ -103,10 +105,12 @@ class Worker:
             frozenset(self._failed),
             *self._to_tell,
             self._layered_loads,
+            self._step,
             self._unwaited_layers,
         )
         self._finished, self._failed, self._to_tell = {}, set(), (None, None)
         self._layered_loads = self._unwaited_layers = 0
+        self._step = None
         return report
 
     def take_arrived(self) -> set[str]:

@@ -25,7 +25,7 @@ def running(model: str, ram_pool_gb: float | None, **settings: Any) -> Iterator[
     """An LLM, with KVortex unless `ram_pool_gb` is None; afterwards nothing of it is left."""
     from vllm import LLM
 
-    config = KVortexConfig(ram_pool_gb=ram_pool_gb) if ram_pool_gb else None
+    config = KVortexConfig(ram_pool_gb=ram_pool_gb, load="always") if ram_pool_gb else None
     defaults = {
         "enforce_eager": True,
         "enable_prefix_caching": True,

@@ -11,6 +11,7 @@ import torch
 
 from kvortex import calibration
 from kvortex.calibration import (
+    DMA,
     STAGED,
     ZERO_COPY,
     Calibration,
@@ -144,3 +145,11 @@ def test_a_user_without_a_home_gets_the_defaults(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr("pathlib.Path.home", homeless)
     assert load_calibration(GPU) == defaults()
+
+
+@pytest.mark.parametrize(
+    ("page", "mover"), [(1, STAGED), (4 << 10, STAGED), (256 << 10, STAGED), (2 << 20, DMA)]
+)
+def test_dma_copies_large_pages_only(page: int, mover: str) -> None:
+    chosen = defaults().for_page(page)
+    assert {choice.large for choice in chosen.values()} == {mover}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -406,3 +407,19 @@ def test_sleep_is_refused_where_vllm_does_not_tell_of_it(
         module._require_news_of_sleep(vllm)
     vllm.model_config.enable_sleep_mode = False
     module._require_news_of_sleep(vllm)
+
+
+def test_speed_of_prefill_is_what_a_clock_says(tiny_model: str) -> None:
+    """Also with steps between that compute nothing, and wait for stores or loads only."""
+    with running(tiny_model, 0.5, max_num_seqs=1) as llm:
+        answers(llm, prompts([2000]), tokens=1)
+        speeds = []
+        for seed in range(1, 6):
+            asked = prompts([2000], seed)
+            began = time.perf_counter()
+            answers(llm, asked, tokens=1)
+            speeds.append(2000 / (time.perf_counter() - began))
+            assert llm.reset_prefix_cache()
+            answers(llm, asked, tokens=1)
+        learnt = connector(llm)._scheduler.costs.prefill_tokens_per_s
+        assert min(speeds) * 0.7 < learnt < max(speeds) * 3

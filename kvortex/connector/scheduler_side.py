@@ -138,10 +138,11 @@ class SchedulerSide:
         self._store(pairs)
         num_tokens = output.total_num_scheduled_tokens
         self._running = len(output.num_scheduled_tokens)
-        self._clock.begin(0 if self._awaited_tokens else num_tokens)
+        # A step without tokens says nothing, and one that waits for a load nothing of prefill.
+        step = self._clock.begin(0 if self._awaited_tokens else num_tokens) if num_tokens else None
         by_layer = self._awaited_tokens > 0 and self.costs.hides(self._awaited_tokens, num_tokens)
         self._awaited_tokens = 0
-        return self.offload.take_plan(has_forward=num_tokens > 0, by_layer=by_layer)
+        return self.offload.take_plan(num_tokens > 0, by_layer, step)
 
     def finished(self, request: Request) -> None:
         """Store what only its last tokens completed, before vLLM frees the blocks."""
@@ -151,10 +152,11 @@ class SchedulerSide:
 
     def settle(self, output: KVConnectorOutput) -> None:
         """Take in the workers' report of a step."""
-        self.costs.observe_step(*self._clock.end())
         message = output.kv_connector_worker_meta
         if not isinstance(message, ReportMessage):
             return
+        if message.report.step is not None:
+            self.costs.observe_step(*self._clock.end(message.report.step))
         if message.report.load_bytes_per_s is not None:
             self.costs.load_bytes_per_s = message.report.load_bytes_per_s
         for flight in self.offload.settle(message.report):
