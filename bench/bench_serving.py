@@ -120,6 +120,7 @@ def in_fresh_process(
     """Rows of all scenarios; one with an error for each that did not end."""
     command = [sys.executable, __file__, *sys.argv[1:], "--one", way, "--only", *names]
     command += ["--host-gib", str(host_gib)]
+    late = False
     try:
         ended = subprocess.run(
             command,
@@ -130,14 +131,17 @@ def in_fresh_process(
             check=False,
         )
         output, error = ended.stdout, f"exit status {ended.returncode}"
-    except subprocess.TimeoutExpired as late:
-        output, error = late.stdout or b"", f"no end after {limit_s:.0f} s"
+    except subprocess.TimeoutExpired as expired:
+        late = True
+        output, error = expired.stdout or b"", f"no end after {limit_s:.0f} s"
     lines = output.decode(errors="replace").splitlines()
     rows = [row for line in lines if line.startswith(MARK) for row in json.loads(line[len(MARK) :])]
     missing = [name for name in names if name not in {row["scenario"] for row in rows}]
     if missing:
         print("\n".join(lines[-60:]), file=sys.stderr)
-        error = next((line for line in reversed(lines) if RAISED.search(line)), error)[-200:]
+        raised = [line for line in lines if RAISED.search(line)]
+        if raised and not late:  # else vLLM's warnings would be taken for the reason
+            error = raised[-1][-200:]
     return rows + [{"scenario": name, "error": error} for name in missing]
 
 
