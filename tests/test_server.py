@@ -61,6 +61,7 @@ def test_streamed_output_is_equal_and_metrics_show_the_hits(
         assert server.counter("vllm:kvortex_loaded_blocks") == hits // BLOCK
         assert server.counter("vllm:kvortex_stored_blocks") >= hits // BLOCK
         assert server.counter("vllm:kvortex_failed_loads") == 0
+        assert server.counter("vllm:kvortex_hit_tokens") == hits
 
 
 @pytest.mark.usefixtures("processes")

@@ -15,8 +15,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 try:  # since vLLM 0.32
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    HOST = CacheHitSource.HOST
 except ImportError:
-    KVConnectorTransferResults = None
+    KVConnectorTransferResults = HOST = None
 
 from kvortex.config import KVortexConfig
 from kvortex.connector.geometry import geometry_of, unsupported
@@ -56,6 +59,8 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
     Supports vLLM 0.26 to 0.33. A model whose KV cache cannot be offloaded runs as if there were
     no connector, and the log says why.
     """
+
+    _cache_hit_source = HOST  # under which vLLM's metrics count our hits
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
