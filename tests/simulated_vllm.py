@@ -71,21 +71,29 @@ def vllm_config(folder: Path, *, overlap: bool, connector: dict[str, Any]) -> An
 
 def make_scheduler(config: Any, num_blocks: int, *, overlap: bool) -> Any:
     """vLLM's own, over one group of full attention."""
-    from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        KVCacheTensor,
+    )
     from vllm.v1.structured_output import StructuredOutputManager
 
     shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
     group = KVCacheGroupSpec(["layer"], FullAttentionSpec(**shape))
-    memory = num_blocks * PAGE_BYTES
-    of_worker = kv_cache_utils.get_kv_cache_config_from_groups(config, [group], memory)
-    assert of_worker.num_blocks == num_blocks
+    size = num_blocks * PAGE_BYTES
+    if "shared_by" in KVCacheTensor.__dataclass_fields__:
+        tensor = KVCacheTensor(size=size, shared_by=["layer"])  # vLLM 0.26
+    else:
+        tensor = KVCacheTensor(
+            size=size, layers=["layer"], layer_stride=size, block_stride=PAGE_BYTES
+        )
     config.cache_config.num_gpu_blocks = num_blocks
     return (AsyncScheduler if overlap else Scheduler)(
         vllm_config=config,
-        kv_cache_config=kv_cache_utils.generate_scheduler_kv_cache_config([of_worker]),
+        kv_cache_config=KVCacheConfig(num_blocks, [tensor], [group]),
         structured_output_manager=StructuredOutputManager(config),
         block_size=BLOCK,
         log_stats=False,

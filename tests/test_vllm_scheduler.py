@@ -344,6 +344,6 @@ def test_the_scheduler_loads_only_what_all_ranks_stored(
         caplog.set_level(logging.CRITICAL, name)
     machine = type(f"SchedulerMachine_{num_ranks}", (SchedulerMachine,), members)
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=60))
-    reached = {"loads", "stores", "evictions", "preempted", "aborted RUNNING", "failed_stores"}
-    assert min(seen[what] for what in reached) > 0
+    reached = ["loads", "stores", "evictions", "aborted RUNNING", "discarded_stores"]
+    assert [what for what in reached if not seen[what]] == []
     assert bool(seen["failed_loads"]) is loads_fail
