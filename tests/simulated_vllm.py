@@ -1,0 +1,344 @@
+"""What surrounds vLLM's scheduler: ranks that copy when told to, and a model that runs at once.
+
+No bytes are moved. What a GPU block or a host slot holds is a `Print`: the epoch of the weights and
+every token, from the first one of the prefix to the last one whose KV is in the block.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvortex.core import Direction, StepReport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+    from kvortex.connector.messages import ReportMessage
+    from kvortex.core import Job, StepPlan
+
+Print = tuple[int, ...] | str
+NOTHING, TORN, SPOILT = "nothing", "torn", "spoilt"
+"""Never written; half a copy; computed from a load that failed, or what such a load left."""
+
+BLOCK = 4
+VOCABULARY = 5
+MAX_TOKENS = 32
+PAGE_BYTES = 2 * BLOCK * 8 * 4
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 1,
+    "max_position_embeddings": 4096,
+    "vocab_size": 512,
+    "torch_dtype": "float32",
+}
+
+
+def vllm_config(folder: Path, *, overlap: bool, connector: dict[str, Any]) -> Any:
+    """vLLM's configuration of a model of which there is only a config.json."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    config = EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype="float32",
+        max_model_len=MAX_TOKENS,
+        enforce_eager=True,
+        enable_prefix_caching=True,
+        async_scheduling=overlap,
+        kv_transfer_config=connector,
+    ).create_engine_config()
+    config.cache_config.block_size = BLOCK
+    if hasattr(config.cache_config, "kv_cache_layout"):  # else vLLM's engine chooses it at start
+        config.cache_config.kv_cache_layout = "LBHNC"
+    return config
+
+
+def make_scheduler(config: Any, num_blocks: int, *, overlap: bool) -> Any:
+    """vLLM's own, over one group of full attention."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        KVCacheTensor,
+    )
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    group = KVCacheGroupSpec(["layer"], FullAttentionSpec(**shape))
+    size = num_blocks * PAGE_BYTES
+    if "shared_by" in KVCacheTensor.__dataclass_fields__:
+        tensor = KVCacheTensor(size=size, shared_by=["layer"])  # vLLM 0.26
+    else:
+        tensor = KVCacheTensor(
+            size=size, layers=["layer"], layer_stride=size, block_stride=PAGE_BYTES
+        )
+    config.cache_config.num_gpu_blocks = num_blocks
+    return (AsyncScheduler if overlap else Scheduler)(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(num_blocks, [tensor], [group]),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK,
+        log_stats=False,
+    )
+
+
+def make_request(name: str, prompt: list[int], max_tokens: int, hasher: Any) -> Request:
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    return Request(
+        request_id=name,
+        prompt_token_ids=prompt,
+        sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+        pooling_params=None,
+        block_hasher=hasher,
+    )
+
+
+def continued(text: list[int], length: int) -> list[int]:
+    """The text and what the model says after it, which depends on every token."""
+    text = list(text)
+    while len(text) < length:
+        text.append(hash(tuple(text)) % VOCABULARY)
+    return text[:length]
+
+
+@dataclass(slots=True, eq=False)
+class Copy:
+    """One job on one rank, and what its sources held when it began."""
+
+    job: Job
+    direction: Direction
+    prints: list[Print]
+
+
+class SimulatedRank:
+    """A worker: a StepPlan goes in, a StepReport comes out.
+
+    A store reads its sources only when it ends, and a load notices then whether its slots were
+    written meanwhile: whoever reuses them too early is found out.
+    """
+
+    def __init__(self, num_blocks: int, num_slots: int) -> None:
+        self.gpu: list[Print] = [NOTHING] * num_blocks
+        self.host: list[Print] = [NOTHING] * num_slots
+        self.spoilt_ends: set[int] = set()
+        """Spoilt blocks of which only the beginning was computed again."""
+        self.under: list[Copy] = []
+        self.bad_blocks: set[int] = set()
+        self._finished: dict[int, int] = {}
+        self._failed: set[int] = set()
+        self._slots_to_tell: int | None = num_slots
+
+    def write(self, block: int, found: Print) -> None:
+        """Bytes behind those written stay; they are right if they continue the same tokens."""
+        held = self.gpu[block]
+        same_place = (len(held) - 2) // BLOCK == (len(found) - 2) // BLOCK
+        if same_place and held[: len(found)] == found:
+            return
+        if found != SPOILT and len(found) % BLOCK != 1 and self.gpu[block] == SPOILT:
+            self.spoilt_ends.add(block)
+        elif found == SPOILT or len(found) % BLOCK == 1:
+            self.spoilt_ends.discard(block)
+        self.gpu[block] = found
+
+    def begin(self, plan: StepPlan, fail: bool) -> None:
+        """Before the model runs: what it reads is loaded, or reported as bad in this step."""
+        self._spoil(plan.lost_block_ids)
+        for job in plan.loads:
+            if fail or not self._exists(job):
+                self._fail(job)
+                self._spoil(job.block_ids.tolist())
+                continue
+            prints = [self.host[slot] for slot in job.slots.tolist()]
+            for block, found in zip(job.block_ids.tolist(), prints, strict=True):
+                self.write(block, found)
+            self.under.append(Copy(job, Direction.LOAD, prints))
+
+    def store(self, plan: StepPlan) -> None:
+        """After the model ran."""
+        for job in plan.stores:
+            if self.bad_blocks or not self._exists(job):
+                self._fail(job)
+                continue
+            prints = [self.gpu[block] for block in job.block_ids.tolist()]
+            for slot in job.slots.tolist():
+                self.host[slot] = TORN
+            self.under.append(Copy(job, Direction.STORE, prints))
+
+    def end(self, number: int, well: bool = True) -> None:
+        """Let one of the copies under way end; only stores can still fail."""
+        copy = self.under.pop(number % len(self.under))
+        self._finished[copy.job.id] = 1
+        if copy.direction is Direction.LOAD:
+            assert [self.host[slot] for slot in copy.job.slots.tolist()] == copy.prints
+            return
+        sources = [self.gpu[block] for block in copy.job.block_ids.tolist()]
+        changed = [a for a, b in zip(copy.prints, sources, strict=True) if a != b]
+        assert set(changed) <= {SPOILT}, "a block was given away while a store read it"
+        if not well:
+            self._failed.add(copy.job.id)
+            return
+        for slot, found in zip(copy.job.slots.tolist(), sources, strict=True):
+            assert self.host[slot] == TORN, "two stores into one slot"
+            self.host[slot] = found
+
+    def report(self) -> StepReport:
+        report = StepReport(self._finished, frozenset(self._failed), self._slots_to_tell)
+        self._finished, self._failed, self._slots_to_tell = {}, set(), None
+        return report
+
+    def take_bad_blocks(self) -> set[int]:
+        bad, self.bad_blocks = self.bad_blocks, set()
+        return bad
+
+    def _exists(self, job: Job) -> bool:
+        return int(job.slots.max()) < len(self.host)
+
+    def _fail(self, job: Job) -> None:
+        self._finished[job.id] = 1
+        self._failed.add(job.id)
+
+    def _spoil(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self.write(block, SPOILT)
+            self.bad_blocks.add(block)
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A request of a step: which of its tokens are computed, and into which blocks."""
+
+    request_id: str
+    blocks: list[int]
+    text: list[int]
+    """All tokens before `last`, and the one that is sampled if there is one."""
+    first: int
+    last: int
+
+    def expected(self, epoch: int, position: int, last: int) -> Print:
+        return (epoch, *self.text[: min((position + 1) * BLOCK, last)])
+
+
+class SimulatedModel:
+    """Runs a step on all ranks: reads every earlier token of a request and writes the new ones.
+
+    What is not spoilt has to be right. `read_spoilt` are the requests that computed from spoilt
+    blocks in the last step; `polluted` tells whether one ever did so after the very step in which a
+    load failed, which only vLLM could have prevented.
+    """
+
+    def __init__(self, ranks: list[SimulatedRank]) -> None:
+        self.epoch = 0
+        self.read_spoilt: set[str] = set()
+        self.polluted = False
+        self._ranks = ranks
+        self._tables: dict[str, list[int]] = {}
+        self._prompts: dict[str, list[int]] = {}
+
+    def run(self, output: SchedulerOutput, bad_blocks: set[int]) -> dict[str, list[int]]:
+        """The token that each request got, if any."""
+        rows = self._rows(output)
+        self.read_spoilt = {row.request_id for row in rows if self._begins_in_spoilt(row)}
+        for row in rows:
+            self._write(row)
+        read = {block for row in rows for block in self._spoilt_blocks(row)}
+        self.polluted |= bool(self.read_spoilt) or not read <= bad_blocks
+        while spoilt := [row for row in rows if self._newly_spoilt(row)]:
+            for row in spoilt:
+                self.read_spoilt.add(row.request_id)
+                self._write(row, SPOILT)
+        for request_id in output.finished_req_ids:
+            self._tables.pop(request_id, None)
+            self._prompts.pop(request_id, None)
+        return {row.request_id: row.text[row.last :] for row in rows}
+
+    def _rows(self, output: SchedulerOutput) -> list[_Row]:
+        rows = []
+        for new in output.scheduled_new_reqs:
+            self._tables[new.req_id] = list(new.block_ids[0])
+            self._prompts[new.req_id] = list(new.prompt_token_ids or ())
+            known = len(new.prefill_token_ids or new.prompt_token_ids or ())
+            rows.append(self._row(output, new.req_id, new.num_computed_tokens, known))
+        cached = output.scheduled_cached_reqs
+        for number, request_id in enumerate(cached.req_ids):
+            blocks = cached.new_block_ids[number]
+            if request_id in cached.resumed_req_ids:
+                self._tables[request_id] = []
+            self._tables[request_id] += [] if blocks is None else blocks[0]
+            known = len(self._prompts[request_id]) + cached.num_output_tokens[number]
+            rows.append(self._row(output, request_id, cached.num_computed_tokens[number], known))
+        return rows
+
+    def _row(self, output: SchedulerOutput, request_id: str, first: int, known: int) -> _Row:
+        last = first + output.num_scheduled_tokens[request_id]
+        assert last <= known
+        text = continued(self._prompts[request_id], known + 1)
+        end = last + (last == known)  # only behind the last known token is one sampled
+        return _Row(request_id, self._tables[request_id], text[:end], first, last)
+
+    def _begins_in_spoilt(self, row: _Row) -> bool:
+        """A block that is continued has to be right before it is written to."""
+        if row.first % BLOCK == 0:
+            return False
+        return any(self._is_spoilt(row, row.first // BLOCK, rank) for rank in self._ranks)
+
+    def _spoilt_blocks(self, row: _Row) -> list[int]:
+        """Those that it reads."""
+        return [
+            row.blocks[position]
+            for position in range(-(-row.first // BLOCK))
+            if any(self._is_spoilt(row, position, rank) for rank in self._ranks)
+        ]
+
+    def _newly_spoilt(self, row: _Row) -> bool:
+        return row.request_id not in self.read_spoilt and bool(self._spoilt_blocks(row))
+
+    def _is_spoilt(self, row: _Row, position: int, rank: SimulatedRank) -> bool:
+        expected = row.expected(self.epoch, position, row.first)
+        block = row.blocks[position]
+        held = rank.gpu[block]
+        if held == SPOILT or (block in rank.spoilt_ends and len(held) < len(expected)):
+            return True
+        assert held[: len(expected)] == expected, "wrong bytes are computed from"
+        return False
+
+    def _write(self, row: _Row, instead: str | None = None) -> None:
+        for position in range(row.first // BLOCK, -(-row.last // BLOCK)):
+            found = instead or row.expected(self.epoch, position, row.last)
+            for rank in self._ranks:
+                rank.write(row.blocks[position], found)
+
+
+def plan_of(output: SchedulerOutput) -> StepPlan:
+    from kvortex.connector.messages import PlanMessage
+
+    message = output.kv_connector_metadata
+    assert isinstance(message, PlanMessage)
+    return message.plan
+
+
+def merged(reports: Iterable[StepReport]) -> ReportMessage | None:
+    """As vLLM merges what its workers tell."""
+    from kvortex.connector.messages import ReportMessage
+
+    messages = [ReportMessage(report) for report in reports if report]
+    return reduce(ReportMessage.aggregate, messages) if messages else None

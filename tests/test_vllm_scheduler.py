@@ -1,0 +1,349 @@
+"""vLLM's own scheduler with KVortex's scheduler side, over simulated ranks and models.
+
+A state machine lets requests come, return, be aborted and preempted, and copies be late and fail.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from simulated_vllm import (
+    BLOCK,
+    PAGE_BYTES,
+    SPOILT,
+    SimulatedModel,
+    SimulatedRank,
+    continued,
+    make_request,
+    make_scheduler,
+    merged,
+    plan_of,
+    vllm_config,
+)
+
+from kvortex import KVortexConfig
+from kvortex.config import GIB
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+LONGEST_PROMPT = 28
+MANY_STEPS = 1000
+picks = st.integers(0, 99)
+fails = st.sampled_from([None, None, 0, 1])
+rarely = st.sampled_from([False] * 5 + [True])
+ends = st.lists(st.tuples(picks, picks, st.sampled_from([True, True, True, False])), max_size=4)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Steps as vLLM's engine does; `overlap` schedules a step before the last one's output."""
+
+    config: ClassVar[Any]
+    hasher: ClassVar[Any]
+    num_ranks: ClassVar[int]
+    overlap: ClassVar[bool]
+    loads_fail: ClassVar[bool]
+    seen: ClassVar[Counter[str]]
+
+    @initialize(
+        num_blocks=st.sampled_from([14, 10, 20]),
+        num_slots=st.sampled_from([24, 40, 60, 8, 3]),
+        missing_slots=st.sampled_from([0, 0, 1, 3]),
+        budget=st.sampled_from([16, 64, 5]),
+        policy=st.sampled_from(["lru", "lru_freq"]),
+        admission=st.sampled_from(["always", "adaptive"]),
+    )
+    def open(
+        self,
+        num_blocks: int,
+        num_slots: int,
+        missing_slots: int,
+        budget: int,
+        policy: str,
+        admission: str,
+    ) -> None:
+        pool = (num_slots + 0.5) * PAGE_BYTES * self.num_ranks / GIB
+        ours = KVortexConfig(ram_pool_gb=pool, eviction_policy=policy, admission=admission)
+        config = self.config
+        config.kv_transfer_config.kv_connector_extra_config = ours.model_dump()
+        config.parallel_config.world_size = self.num_ranks
+        config.scheduler_config.max_num_batched_tokens = budget
+        config.scheduler_config.max_num_seqs = 1 if self.loads_fail else 4
+        self.scheduler = make_scheduler(config, num_blocks, overlap=self.overlap)
+        self.connector = self.scheduler.connector
+        self.offload = self.connector._scheduler.offload
+        self.index = self.offload.tier.index
+        assert self.index.num_slots == num_slots
+        slots = [num_slots] * self.num_ranks
+        slots[-1] = max(1, num_slots - missing_slots)
+        self.ranks = [SimulatedRank(num_blocks, count) for count in slots]
+        self.model = SimulatedModel(self.ranks)
+        self.num_blocks = num_blocks
+        self.requests: list[Request] = []
+        self.prefixes: dict[bytes, tuple[int, ...]] = {}
+        self.forgotten = 0
+        self.stepped = False
+        self.flying: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+
+    # What users do
+
+    @rule(
+        start=st.integers(0, 2),
+        length=st.sampled_from([16, 28, 21, 9, 12, 5, 3]),
+        end=st.lists(st.integers(0, 4), max_size=3),
+        max_tokens=st.sampled_from([4, 1, 8]),
+    )
+    def arrive(self, start: int, length: int, end: list[int], max_tokens: int) -> None:
+        self.add(continued([start], length) + end, max_tokens)
+
+    @rule(
+        who=st.lists(picks, min_size=1, max_size=3),
+        more=st.lists(st.integers(0, 4), max_size=5),
+        max_tokens=st.sampled_from([4, 1, 8]),
+        lost=st.sampled_from([True, True, False]),
+    )
+    def come_back(self, who: list[int], more: list[int], max_tokens: int, lost: bool) -> None:
+        """Some at once, and mostly when the GPU has lost what it had."""
+        if lost:
+            self.go_on(12, end=True)
+            self.reset(running=False, connector=False)
+        past = [self.requests[pick % len(self.requests)] for pick in who if self.requests]
+        for request in past:
+            self.add([*request.all_token_ids, *more], max_tokens)
+
+    @rule(pick=picks)
+    def abort(self, pick: int) -> None:
+        from vllm.v1.request import RequestStatus
+
+        names = sorted(self.scheduler.requests)
+        if names:
+            name = names[pick % len(names)]
+            self.seen[f"aborted {self.scheduler.requests[name].status.name}"] += 1
+            self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    @rule(running=rarely, connector=rarely)
+    def reset(self, running: bool, connector: bool) -> None:
+        """A successful one of both caches, as after which the weights may be others."""
+        busy = bool(self.connector._scheduler._held)
+        try:
+            done = self.scheduler.reset_prefix_cache(running, connector)
+        except RuntimeError:
+            assert busy
+            return
+        self.seen[f"reset {done=}"] += 1
+        if connector:
+            assert self.index.resident == 0
+            self.forgotten = self.index._orders
+        if connector and done:
+            self.model.epoch += 1
+
+    # What the engine does
+
+    @rule(pick=picks)
+    def ask_again(self, pick: int) -> None:
+        """As vLLM does for a request that it then has no room for."""
+        waiting = list(self.scheduler.waiting)
+        if waiting:
+            request = waiting[pick % len(waiting)]
+            tokens, _ = self.connector.get_num_new_matched_tokens(request, 0)
+            assert tokens is None or (tokens % BLOCK == 0 and tokens < request.num_tokens)
+
+    @rule(fail=fails, midway=st.one_of([st.none()] * 3 + [picks]))
+    def step(self, fail: int | None = None, midway: int | None = None) -> None:
+        """`fail` names the rank on which loads fail, `midway` a request aborted meanwhile."""
+        if self.scheduler.has_requests():
+            output = self.scheduler.schedule()
+            fails_on = fail % self.num_ranks if self.loads_fail and fail is not None else None
+            self.flying.append((output, self.execute(output, fails_on)))
+            if midway is not None:
+                self.abort(midway)
+            if self.overlap and len(self.flying) < 2 and output.total_num_scheduled_tokens:
+                return
+        if self.flying:
+            self.stepped = True
+            self.update(*self.flying.popleft())
+
+    @rule(steps=st.integers(2, 8), end=st.booleans(), fail=fails)
+    def go_on(self, steps: int, end: bool, fail: int | None = None) -> None:
+        for _ in range(steps):
+            self.step(fail)
+            if end:
+                self.end_all()
+
+    @rule(ends=ends)
+    def end_some(self, ends: list[tuple[int, int, bool]]) -> None:
+        for rank, number, well in ends:
+            busy = [rank for rank in self.ranks if rank.under]
+            if busy:
+                busy[rank % len(busy)].end(number, well)
+
+    @rule()
+    def end_all(self) -> None:
+        for rank in self.ranks:
+            while rank.under:
+                rank.end(0)
+
+    # How it is done
+
+    def add(self, prompt: list[int], max_tokens: int) -> None:
+        name = f"request {len(self.requests)}"
+        request = make_request(name, prompt[:LONGEST_PROMPT], max_tokens, self.hasher)
+        self.requests.append(request)
+        self.scheduler.add_request(request)
+
+    def execute(self, output: SchedulerOutput, fails_on: int | None) -> ModelRunnerOutput:
+        from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+        plan = plan_of(output)
+        assert plan.has_forward == (output.total_num_scheduled_tokens > 0)
+        for number, rank in enumerate(self.ranks):
+            rank.begin(plan, number == fails_on)
+        bad_blocks = {block for rank in self.ranks for block in rank.bad_blocks}
+        sampled = self.model.run(output, bad_blocks)
+        for rank in self.ranks:
+            rank.store(plan)
+            rank.take_bad_blocks()
+        self.seen["loads"] += len(plan.loads)
+        self.seen["stores"] += len(plan.stores)
+        self.seen["bad"] += bool(bad_blocks)
+        told = KVConnectorOutput(
+            kv_connector_worker_meta=merged(rank.report() for rank in self.ranks),
+            invalid_block_ids=bad_blocks,
+        )
+        return ModelRunnerOutput(
+            req_ids=list(sampled),
+            req_id_to_index={name: number for number, name in enumerate(sampled)},
+            sampled_token_ids=list(sampled.values()),
+            kv_connector_output=told,
+        )
+
+    def update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
+        lengths = {name: self.named(name).num_tokens for name in self.model.read_spoilt}
+        self.scheduler.update_from_output(output, result)
+        if not self.model.polluted:
+            assert lengths == {name: self.named(name).num_tokens for name in lengths}
+
+    def named(self, name: str) -> Request:
+        return self.requests[int(name.split()[1])]
+
+    @invariant()
+    def what_is_readable_is_right_on_every_rank(self) -> None:
+        from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+        for request in self.requests:
+            for position, block_hash in enumerate(request.block_hashes, 1):
+                key = make_block_hash_with_group_id(block_hash, 0)
+                self.prefixes[key] = tuple(request.all_token_ids[: position * BLOCK])
+        for block in self.index:
+            expected = (self.model.epoch, *self.prefixes[block.key])
+            for rank in self.ranks:
+                held = rank.host[block.slot]
+                assert held == expected or (self.model.polluted and held == SPOILT)
+
+    @invariant()
+    def slots_are_conserved(self) -> None:
+        self.index.check()
+
+    @invariant()
+    def what_was_under_way_before_a_reset_is_never_readable(self) -> None:
+        assert all(block.order > self.forgotten for block in self.index)
+
+    @invariant()
+    def outputs_are_what_the_model_says(self) -> None:
+        for request in self.requests:
+            prompt = list(request.prompt_token_ids or ())
+            assert list(request.all_token_ids) == continued(prompt, request.num_tokens)
+
+    def teardown(self) -> None:
+        """Let everything end: nothing is left anywhere."""
+        if not hasattr(self, "flying"):
+            return
+        for _ in range(MANY_STEPS):
+            if not self.flying and not self.scheduler.has_requests():
+                break
+            self.end_all()
+            self.step()
+        self.count()
+        assert not self.scheduler.has_requests(), "some request or copy never ends"
+        assert not self.scheduler.requests
+        assert not self.scheduler.running
+        assert all(request.is_finished() for request in self.requests)
+        assert self.connector.has_pending_push_work() is self.offload.pending is False
+        side = self.connector._scheduler
+        assert not any([side._tracked, side._first_missing, side._held])
+        assert self.index.reserved == 0
+        if self.stepped:
+            assert self.index.num_slots == len(self.ranks[-1].host)
+        assert all(block.pins == 0 for block in self.index)
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == self.num_blocks - 1  # all but the null block
+        self.what_is_readable_is_right_on_every_rank()
+        self.slots_are_conserved()
+
+    def count(self) -> None:
+        self.seen["preempted"] += sum(request.num_preemptions for request in self.requests)
+        self.seen["polluted"] += self.model.polluted
+        self.seen["evictions"] += self.offload.tier.evictions
+        self.seen.update(
+            {name: n for name, n in self.offload.counters.as_dict().items() if isinstance(n, int)}
+        )
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "overlap", "loads_fail"),
+    [
+        pytest.param(1, False, False, id="one-rank"),
+        pytest.param(1, False, True, id="loads-fail"),
+        pytest.param(2, False, True, id="two-ranks-loads-fail"),
+        pytest.param(3, True, False, id="three-ranks-overlapping-steps"),
+    ],
+)
+def test_the_scheduler_loads_only_what_all_ranks_stored(
+    num_ranks: int,
+    overlap: bool,
+    loads_fail: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+    hash_function = get_hash_fn_by_name("sha256")
+    init_none_hash(hash_function)
+    seen = Counter[str]()
+    members = {
+        "config": vllm_config(
+            tmp_path_factory.mktemp("model"),
+            overlap=overlap,
+            connector=KVortexConfig().kv_transfer_config(),
+        ),
+        "hasher": staticmethod(get_request_block_hasher(BLOCK, hash_function)),
+        "num_ranks": num_ranks,
+        "overlap": overlap,
+        "loads_fail": loads_fail,
+        "seen": seen,
+    }
+    for name in ("kvortex", "vllm"):
+        caplog.set_level(logging.CRITICAL, name)
+    machine = type(f"SchedulerMachine_{num_ranks}", (SchedulerMachine,), members)
+    run_state_machine_as_test(machine, settings=settings(stateful_step_count=60))
+    reached = ["loads", "stores", "evictions", "aborted RUNNING", "discarded_stores"]
+    assert [what for what in reached if not seen[what]] == []
+    assert bool(seen["failed_loads"]) is loads_fail
