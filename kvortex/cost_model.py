@@ -37,26 +37,31 @@ class CostModel:
         else:
             self.prefill_tokens_per_s += WEIGHT * (speed - self.prefill_tokens_per_s)
 
-    def load_seconds(self, num_tokens: int) -> float:
+    def load_seconds(self, loaded: float) -> float:
         """Time of a load of so many tokens, over a link with nothing else to do."""
         if self.load_bytes_per_s is None:
             return 0.0
-        return num_tokens * self.token_bytes / self.load_bytes_per_s
+        return loaded * self.token_bytes / self.load_bytes_per_s
 
-    def pays(self, num_tokens: int, tokens_ahead: int = 0) -> bool:
-        """Whether to load so many tokens, behind others that are loading, beats computing them."""
+    def pays(self, num_tokens: int, loaded: float, ahead: float = 0) -> bool:
+        """Whether a load beats computing `num_tokens` tokens.
+
+        Args:
+            num_tokens: of the hit.
+            loaded: tokens that have to be loaded for it; fewer where layers look back to a window.
+            ahead: tokens that others are loading.
+        """
         if self.prefill_tokens_per_s is None or self.load_bytes_per_s is None:
             return True
-        loading = LOAD_OVERHEAD_S + self.load_seconds(num_tokens + tokens_ahead)
+        loading = LOAD_OVERHEAD_S + self.load_seconds(loaded + ahead)
         return loading < num_tokens / self.prefill_tokens_per_s
 
-    def pauses(self, num_tokens: int) -> bool:
+    def pauses(self, loaded: float) -> bool:
         """Whether a step that waits for the load would hold up its other requests for long."""
-        return self.load_seconds(num_tokens) > PAUSE_S
+        return self.load_seconds(loaded) > PAUSE_S
 
-    def hides(self, num_tokens: int, computed_tokens: int) -> bool:
+    def hides(self, loaded: float, computed: int) -> bool:
         """Whether a step computes long enough for its load to be worth hiding behind it."""
         if self.prefill_tokens_per_s is None:
-            return computed_tokens >= num_tokens * HIDDEN_SHARE
-        computing = computed_tokens / self.prefill_tokens_per_s
-        return computing >= HIDDEN_SHARE * self.load_seconds(num_tokens)
+            return computed >= loaded * HIDDEN_SHARE
+        return computed / self.prefill_tokens_per_s >= HIDDEN_SHARE * self.load_seconds(loaded)

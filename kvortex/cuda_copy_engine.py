@@ -46,11 +46,19 @@ class CudaCopyEngine(CopyEngine):
     The calling thread submits every copy: that takes microseconds, where a thread of its own would
     wait for the GIL, on a busy model thread for milliseconds at a time.
 
+    Args:
+        layout: of KV tensors on the GPU.
+        pool: pinned.
+        num_streams: of CUDA.
+        warm_up: try every mover and measure the link; what the first slots hold is lost.
+
     Raises:
         TransferError: this GPU cannot run the movers.
     """
 
-    def __init__(self, layout: Layout, pool: HostPool, num_streams: int) -> None:
+    def __init__(
+        self, layout: Layout, pool: HostPool, num_streams: int, *, warm_up: bool = True
+    ) -> None:
         super().__init__(layout, pool)
         if torch.version.hip is not None:
             raise TransferError("KVortex needs an NVIDIA GPU; this torch was built for ROCm")
@@ -59,6 +67,8 @@ class CudaCopyEngine(CopyEngine):
         try:
             with torch.cuda.device(self._device):
                 self._open(num_streams)
+                if warm_up:
+                    self._warm_up()
         except Exception as error:  # Triton and ctypes raise errors of many unrelated classes
             raise TransferError(f"this GPU cannot run KVortex's copies: {error}") from error
 
@@ -74,7 +84,6 @@ class CudaCopyEngine(CopyEngine):
         self._streams = _open_streams(self._device, num_streams)
         self._lanes = {way: self._lane(way) for way in Direction}
         self._last: dict[Direction, CudaTicket | None] = dict.fromkeys(Direction)
-        self._warm_up()
         logger.info("KVortex copies by %s", self._describe(calibration.origin))
 
     def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> Ticket:
@@ -208,7 +217,7 @@ class CudaCopyEngine(CopyEngine):
     def _warm_up(self) -> None:
         """Find out now if this GPU cannot run a mover.
 
-        Block 0 goes to slot 0 and back, and so stays as it is.
+        The first blocks go to the first slots and back, and so stay as they are.
 
         Raises:
             TransferError: it cannot.

@@ -47,6 +47,8 @@ class Worker:
         self._failed: set[int] = set()
         self._bad_blocks: set[int] = set()
         self._misled = False
+        self._forward_open = False
+        self._layered_blocks: set[int] = set()
         self._arrived: set[str] = set()
         self._failed_requests: set[str] = set()
         self._layered_loads = 0
@@ -66,6 +68,9 @@ class Worker:
             hooked_layers: those that will tell `pass_layer` when they run in this step. Where they
                 cannot be relied on, all that the current stream does next waits for the loads.
         """
+        if self._forward_open:  # nobody said that the last one ended: vLLM's pipeline with drafts
+            self.store()
+        self._forward_open = True
         self._step = plan.step
         self._bad_blocks.update(plan.lost_block_ids)
         self._misled = self._misled or bool(plan.lost_block_ids)
@@ -88,8 +93,10 @@ class Worker:
 
     def store(self) -> None:
         """Start this step's stores, behind all that the current stream was given so far."""
+        self._forward_open = False
         missed = self._gate.end_forward()
         if missed:
+            self._bad_blocks |= self._layered_blocks
             self._unwaited_layers += missed
             self._fail(Direction.STORE, self._stores)
             self._stores = ()
@@ -149,6 +156,7 @@ class Worker:
         tickets = self._launch(Direction.LOAD, jobs, by_layer=by_layer)
         if by_layer and tickets:
             self._gate.close(tickets)
+            self._layered_blocks = {i for job in jobs for i in job.block_ids.tolist()}
             self._layered_loads += 1
         else:
             for ticket in tickets:
@@ -230,10 +238,12 @@ def open_worker(layout: Layout, pool: HostPool, num_streams: int) -> Worker:
         raise
 
 
-def open_copy_engine(layout: Layout, pool: HostPool, num_streams: int) -> CopyEngine:
-    """The engine for the device of the KV tensors."""
+def open_copy_engine(
+    layout: Layout, pool: HostPool, num_streams: int, *, warm_up: bool = True
+) -> CopyEngine:
+    """The engine for the device of the KV tensors; without `warm_up` the pool stays as it is."""
     if layout.device.type != "cuda":
         return CpuCopyEngine(layout, pool)
     from kvortex.cuda_copy_engine import CudaCopyEngine  # needs triton, which a CPU may lack
 
-    return CudaCopyEngine(layout, pool, num_streams)
+    return CudaCopyEngine(layout, pool, num_streams, warm_up=warm_up)

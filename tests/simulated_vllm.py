@@ -144,6 +144,9 @@ class SimulatedRank:
         """Spoilt blocks of which only the beginning was computed again."""
         self.under: list[Copy] = []
         self.bad_blocks: set[int] = set()
+        self.arrived: list[str] = []
+        """Requests whose own load ended, well or not."""
+        self._misled = False
         self._finished: dict[int, int] = {}
         self._failed: set[int] = set()
         self._slots_to_tell: int | None = num_slots
@@ -161,22 +164,27 @@ class SimulatedRank:
         self.gpu[block] = found
 
     def begin(self, plan: StepPlan, fail: bool) -> None:
-        """Before the model runs: what it reads is loaded, or reported as bad in this step."""
+        """Before the model runs: what it reads is loaded, or reported as bad in this step.
+
+        A load that belongs to one request, which does not run, arrives when it ends.
+        """
         self._spoil(plan.lost_block_ids)
+        self._misled = bool(plan.lost_block_ids)
         for job in plan.loads:
             if fail or not self._exists(job):
                 self._fail(job)
                 self._spoil(job.block_ids.tolist())
+                self._misled |= job.request_id is None
                 continue
             prints = [self.host[slot] for slot in job.slots.tolist()]
             for block, found in zip(job.block_ids.tolist(), prints, strict=True):
-                self.write(block, found)
+                self.write(block, found if job.request_id is None else TORN)
             self.under.append(Copy(job, Direction.LOAD, prints))
 
     def store(self, plan: StepPlan) -> None:
         """After the model ran."""
         for job in plan.stores:
-            if self.bad_blocks or not self._exists(job):
+            if self._misled or not self._exists(job):
                 self._fail(job)
                 continue
             prints = [self.gpu[block] for block in job.block_ids.tolist()]
@@ -190,6 +198,11 @@ class SimulatedRank:
         self._finished[copy.job.id] = 1
         if copy.direction is Direction.LOAD:
             assert [self.host[slot] for slot in copy.job.slots.tolist()] == copy.prints
+            if copy.job.request_id is not None:
+                self.arrived.append(copy.job.request_id)
+                for block, found in zip(copy.job.block_ids.tolist(), copy.prints, strict=True):
+                    assert self.gpu[block] == TORN, "a block was given away while a load filled it"
+                    self.write(block, found)
             return
         sources = [self.gpu[block] for block in copy.job.block_ids.tolist()]
         changed = [a for a, b in zip(copy.prints, sources, strict=True) if a != b]
@@ -197,9 +210,10 @@ class SimulatedRank:
         if not well:
             self._failed.add(copy.job.id)
             return
-        for slot, found in zip(copy.job.slots.tolist(), sources, strict=True):
+        rows = zip(copy.job.slots.tolist(), copy.job.block_ids.tolist(), sources, strict=True)
+        for slot, block, found in rows:
             assert self.host[slot] == TORN, "two stores into one slot"
-            self.host[slot] = found
+            self.host[slot] = SPOILT if block in self.spoilt_ends else found
 
     def report(self) -> StepReport:
         report = StepReport(self._finished, frozenset(self._failed), self._slots_to_tell)
@@ -210,10 +224,16 @@ class SimulatedRank:
         bad, self.bad_blocks = self.bad_blocks, set()
         return bad
 
+    def take_arrived(self) -> list[str]:
+        arrived, self.arrived = self.arrived, []
+        return arrived
+
     def _exists(self, job: Job) -> bool:
         return int(job.slots.max()) < len(self.host)
 
     def _fail(self, job: Job) -> None:
+        if job.request_id is not None:
+            self.arrived.append(job.request_id)
         self._finished[job.id] = 1
         self._failed.add(job.id)
 

@@ -14,9 +14,9 @@ def model(prefill: float = 10_000, link: float = 50e9) -> CostModel:
 
 
 def test_loading_pays_until_something_is_known() -> None:
-    assert CostModel(TOKEN_BYTES).pays(1, 10**9)
-    assert CostModel(TOKEN_BYTES, prefill_tokens_per_s=1e9).pays(1)
-    assert CostModel(TOKEN_BYTES, load_bytes_per_s=1.0).pays(1)
+    assert CostModel(TOKEN_BYTES).pays(1, 1, 10**9)
+    assert CostModel(TOKEN_BYTES, prefill_tokens_per_s=1e9).pays(1, 1)
+    assert CostModel(TOKEN_BYTES, load_bytes_per_s=1.0).pays(1, 1)
 
 
 @pytest.mark.parametrize(
@@ -30,11 +30,11 @@ def test_loading_pays_until_something_is_known() -> None:
     ],
 )
 def test_what_pays(tokens: int, ahead: int, pays: bool) -> None:
-    assert model().pays(tokens, ahead) is pays
+    assert model().pays(tokens, tokens, ahead) is pays
 
 
 def test_a_slow_link_never_pays() -> None:
-    assert not model(link=1e9).pays(8192)
+    assert not model(link=1e9).pays(8192, 8192)
 
 
 def test_speed_is_learnt_from_large_steps_only() -> None:
@@ -60,3 +60,8 @@ def test_a_load_is_hidden_behind_enough_compute() -> None:
     assert not model().hides(32_768, 16)  # 1.6 ms behind 86
     assert CostModel(TOKEN_BYTES).hides(1000, 100)
     assert not CostModel(TOKEN_BYTES).hides(1000, 99)
+
+
+def test_a_window_makes_a_long_hit_cheap() -> None:
+    assert not model(link=1e9).pays(8192, 8192)
+    assert model(link=1e9).pays(8192, 1024)

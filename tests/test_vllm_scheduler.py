@@ -69,6 +69,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.sampled_from([16, 64, 5]),
         policy=st.sampled_from(["lru", "lru_freq"]),
         admission=st.sampled_from(["always", "adaptive"]),
+        apart=st.booleans(),
     )
     def open(
         self,
@@ -78,18 +79,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int,
         policy: str,
         admission: str,
+        apart: bool,
     ) -> None:
+        """`apart` makes requests wait for their loads beside those that run."""
         pool = (num_slots + 0.5) * PAGE_BYTES * self.num_ranks / GIB
         ours = KVortexConfig(ram_pool_gb=pool, eviction_policy=policy, admission=admission)
         config = self.config
         config.kv_transfer_config.kv_connector_extra_config = ours.model_dump()
         config.parallel_config.world_size = self.num_ranks
         config.scheduler_config.max_num_batched_tokens = budget
-        config.scheduler_config.max_num_seqs = 1 if self.loads_fail else 4
+        config.scheduler_config.max_num_seqs = 4
         self.scheduler = make_scheduler(config, num_blocks, overlap=self.overlap)
         self.connector = self.scheduler.connector
         self.offload = self.connector._scheduler.offload
         self.index = self.offload.tier.index
+        self.arrivals = Counter[str]()
+        if apart:
+            self.connector._scheduler.costs.load_bytes_per_s = 1.0
         assert self.index.num_slots == num_slots
         slots = [num_slots] * self.num_ranks
         slots[-1] = max(1, num_slots - missing_slots)
@@ -141,7 +147,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(running=rarely, connector=rarely)
     def reset(self, running: bool, connector: bool) -> None:
         """A successful one of both caches, as after which the weights may be others."""
-        busy = bool(self.connector._scheduler._held)
+        busy = bool(self.connector._scheduler._held) or self.loads_apart()
         try:
             done = self.scheduler.reset_prefix_cache(running, connector)
         except RuntimeError:
@@ -220,12 +226,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         for rank in self.ranks:
             rank.store(plan)
             rank.take_bad_blocks()
+            self.arrivals.update(rank.take_arrived())
+        arrived = {name for name, ranks in self.arrivals.items() if ranks == self.num_ranks}
+        for name in arrived:
+            del self.arrivals[name]
         self.seen["loads"] += len(plan.loads)
         self.seen["stores"] += len(plan.stores)
         self.seen["bad"] += bool(bad_blocks)
         told = KVConnectorOutput(
             kv_connector_worker_meta=merged(rank.report() for rank in self.ranks),
             invalid_block_ids=bad_blocks,
+            finished_recving=arrived,
         )
         return ModelRunnerOutput(
             req_ids=list(sampled),
@@ -239,6 +250,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.update_from_output(output, result)
         if not self.model.polluted:
             assert lengths == {name: self.named(name).num_tokens for name in lengths}
+
+    def loads_apart(self) -> bool:
+        """Whether blocks are filled for a request that does not run, maybe aborted since."""
+        return any(
+            request.is_finished() or request.status.name == "WAITING_FOR_REMOTE_KVS"
+            for request in self.scheduler.requests.values()
+        )
 
     def named(self, name: str) -> Request:
         return self.requests[int(name.split()[1])]
@@ -287,7 +305,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(request.is_finished() for request in self.requests)
         assert self.connector.has_pending_push_work() is self.offload.pending is False
         side = self.connector._scheduler
-        assert not any([side._tracked, side._first_missing, side._held])
+        assert not any([side._tracked, side._held, side._loading_tokens, self.arrivals])
         assert self.index.reserved == 0
         if self.stepped:
             assert self.index.num_slots == len(self.ranks[-1].host)
@@ -345,5 +363,6 @@ def test_the_scheduler_loads_only_what_all_ranks_stored(
     machine = type(f"SchedulerMachine_{num_ranks}", (SchedulerMachine,), members)
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=60))
     reached = ["loads", "stores", "evictions", "aborted RUNNING", "discarded_stores"]
+    reached += ["apart_loads"] if loads_fail else ["apart_loads", "aborted WAITING_FOR_REMOTE_KVS"]
     assert [what for what in reached if not seen[what]] == []
     assert bool(seen["failed_loads"]) is loads_fail

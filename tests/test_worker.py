@@ -241,6 +241,7 @@ def test_a_layer_that_did_not_come_by_is_told_and_ends_the_trust() -> None:
     assert engine.directions == [Direction.LOAD] * 3
     report = worker.report()
     assert report == StepReport(finished(2), frozenset({2}), layered_loads=1, unwaited_layers=2)
+    assert worker.take_bad_blocks() == {0}
     worker.begin(plan_of(job(3, (0, 5))), "abc")
     assert engine.fenced[-1] is engine.tickets[-1]
     assert len(engine.tickets) == 4
@@ -293,3 +294,14 @@ def test_what_ended_before_it_slept_is_told_when_it_wakes(engine: CommandedCopyE
     worker.begin(StepPlan((job(3, (0, 5)),)))
     assert woken.fenced == woken.tickets
     assert len(engine.tickets) == 2
+
+
+def test_stores_of_a_forward_whose_end_nobody_told_start_with_the_next_step(
+    engine: CommandedCopyEngine,
+) -> None:
+    worker = running(engine)
+    worker.begin(StepPlan(stores=(job(1, (0, 5)),)))
+    worker.begin(StepPlan(stores=(job(2, (1, 6)),)))
+    assert engine.directions == [Direction.STORE]
+    worker.store()
+    assert engine.directions == [Direction.STORE] * 2

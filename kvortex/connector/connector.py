@@ -74,8 +74,6 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._changes = Changes()
-        one_group = len(kv_cache_config.kv_cache_groups) == 1
-        self._names_blocks = one_group or KVConnectorTransferResults is None
         reason = unsupported(vllm_config, kv_cache_config)
         if reason is None:
             self._geometry = geometry_of(vllm_config, kv_cache_config)
@@ -275,6 +273,14 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> KVConnectorPromMetrics | None:
         """Counters for /metrics."""
         return KVortexPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    @property
+    def _names_blocks(self) -> bool:
+        """Whether vLLM is told which blocks failed to load, not which requests."""
+        cannot_name_requests = KVConnectorTransferResults is None
+        return self._geometry is None or (
+            self._geometry.recomputes_from_any_block or cannot_name_requests
+        )
 
     def _plan(self) -> StepPlan:
         message = self._get_connector_metadata()

@@ -41,6 +41,12 @@ class Geometry:
     unevenly over pipeline stages, ranks differ."""
     num_ranks: int
 
+    @property
+    def recomputes_from_any_block(self) -> bool:
+        """Whether vLLM can begin to compute again at a block whose load failed: it has no channel
+        for that with several groups, and a window's earlier blocks are not there."""
+        return self.reaches == (Reach(),)
+
 
 def unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
     """Why this model's KV cache is not offloaded; None if it is."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kvortex.config import KVortexConfig
     from kvortex.connector.geometry import Geometry
     from kvortex.core import BlockKey, Job
-    from kvortex.scheduler import Flight
+    from kvortex.prefix_match import Reach
 
 FAILED_STATUS = "FINISHED_ERROR"
 
@@ -60,15 +60,15 @@ class SchedulerSide:
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
         self._config = config
         self._reaches = geometry.reaches
-        self._always_apart = len(geometry.reaches) > 1 and tells_failed_requests
+        self._always_apart = tells_failed_requests and not geometry.recomputes_from_any_block
         self._block_tokens = geometry.block_tokens
         self._pool: BlockPool | None = None
         self._tracked: dict[str, TrackedRequest] = {}
         self._held: dict[int, list[KVCacheBlock]] = {}
         self._clock = StepClock()
         self._running = 0
-        self._loading_tokens = 0
-        self._awaited_tokens = 0
+        self._loading_tokens = 0.0
+        self._awaited_tokens = 0.0
 
     def bind_gpu_block_pool(self, pool: BlockPool) -> None:
         """Before this nothing is stored."""
@@ -106,18 +106,21 @@ class SchedulerSide:
             self.offload.tier.readable, keys, self._reaches, tracked.first, self._block_tokens
         )
         num_tokens = (end - tracked.first) * self._block_tokens
+        loaded = self._loaded_tokens(tracked.first, end)
         tracked.unpaid = num_tokens
-        if num_tokens <= 0 or not self._pays(num_tokens):
+        if num_tokens <= 0 or not self._pays(num_tokens, loaded):
             return 0, False
         tracked.unpaid = 0
-        tracked.apart = self._waits_apart(num_tokens)
+        tracked.apart = self._waits_apart(loaded)
         return num_tokens, tracked.apart
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM gave the request its blocks, and runs it in this step or once its load is there."""
         tracked = self._track(request)
         tracked.block_ids = [list(ids) for ids in blocks.get_block_ids()]
-        tracked.considered = 0
+        tracked.considered = tracked.computed = 0
+        if request.num_computed_tokens == tracked.first == num_external_tokens == 0:
+            tracked.stale = False
         if not tracked.touched:  # to be resumed, or scheduled once loaded, is not a second use
             tracked.touched = True
             self._touch(tracked)
@@ -132,8 +135,8 @@ class SchedulerSide:
         """Plan to store every block that this step completes."""
         pairs = [
             pair
-            for tracked, num_tokens in self._advance(output)
-            for pair in self._completed(tracked, num_tokens)
+            for tracked, before, after in self._advance(output)
+            for pair in self._completed(tracked, before, after)
         ]
         self._store(pairs)
         num_tokens = output.total_num_scheduled_tokens
@@ -147,11 +150,15 @@ class SchedulerSide:
     def finished(self, request: Request) -> None:
         """Store what only its last tokens completed, before vLLM frees the blocks."""
         tracked = self._tracked.pop(request.request_id, None)
-        if tracked is not None and request.status.name != FAILED_STATUS and not tracked.loading:
-            self._store(list(self._completed(tracked, request.num_computed_tokens)))
+        if tracked is not None and request.status.name != FAILED_STATUS:
+            computed = min(request.num_computed_tokens, tracked.computed)
+            self._store(list(self._completed(tracked, computed, computed)))
 
     def settle(self, output: KVConnectorOutput) -> None:
         """Take in the workers' report of a step."""
+        if output.invalid_block_ids:  # maybe of another connector's load, beside this one
+            self.offload.discard_stores()
+            self._compute_again()
         message = output.kv_connector_worker_meta
         if not isinstance(message, ReportMessage):
             return
@@ -164,7 +171,8 @@ class SchedulerSide:
                 self._release(flight.job.id)
                 continue
             self._loading_tokens -= self._tokens_of(flight.job)
-            self._arrived(flight)
+            if flight.failed:
+                self._compute_again()
 
     def reset(self) -> None:
         """Forget everything, and store nothing more of what was computed before."""
@@ -172,44 +180,51 @@ class SchedulerSide:
         for tracked in self._tracked.values():
             tracked.stale = True
 
-    def _pays(self, num_tokens: int) -> bool:
+    def _pays(self, num_tokens: int, loaded: float) -> bool:
         if num_tokens < self._config.min_load_tokens:
             return False
-        return self._config.load == "always" or self.costs.pays(num_tokens, self._loading_tokens)
+        if self._config.load == "always":
+            return True
+        return self.costs.pays(num_tokens, loaded, self._loading_tokens)
 
-    def _waits_apart(self, num_tokens: int) -> bool:
+    def _waits_apart(self, loaded: float) -> bool:
         """Whether others would be held up by a step that waits for this load."""
-        return self._always_apart or (self._running > 0 and self.costs.pauses(num_tokens))
+        return self._always_apart or (self._running > 0 and self.costs.pauses(loaded))
+
+    def _loaded_tokens(self, first: int, end: int) -> float:
+        """What a load of blocks moves, in tokens of all groups: of windows, only what they see."""
+        starts = (self._start(reach, first, end) for reach in self._reaches)
+        return sum(end - start for start in starts) * self._block_tokens / len(self._reaches)
+
+    def _start(self, reach: Reach, first: int, end: int) -> int:
+        """The first block, from `first` on, that a group looks at behind block `end`."""
+        return max(first, reach.first_token(end * self._block_tokens) // self._block_tokens)
 
     def _load(self, tracked: TrackedRequest, num_tokens: int) -> None:
         """Plan to fill what every group needs of the tokens after the first missing block."""
-        size, first = self._block_tokens, tracked.first
-        end = first + num_tokens // size
+        first, end = tracked.first, tracked.first + num_tokens // self._block_tokens
         keys: list[BlockKey] = []
         block_ids: list[int] = []
         for group, reach in enumerate(self._reaches):
-            start = max(first, reach.first_token(end * size) // size)
+            start = self._start(reach, first, end)
             keys += tracked.keys(group, start, end)
             block_ids += tracked.block_ids[group][start:end]
-        tracked.loading = tracked.apart
         request_id = tracked.request.request_id if tracked.apart else None
         job = self.offload.load(keys, block_ids, request_id)
         if job is not None:
             self._loading_tokens += self._tokens_of(job)
         if not tracked.apart:
-            self._awaited_tokens += num_tokens
+            self._awaited_tokens += self._loaded_tokens(first, end)
 
-    def _arrived(self, flight: Flight) -> None:
-        """A load ended."""
-        tracked = self._tracked.get(flight.job.request_id or "")
-        if tracked is not None:
-            tracked.loading = False
-        if flight.failed:  # recomputed blocks are to be stored like new ones
-            for other in self._tracked.values():
-                other.considered = 0
+    def _compute_again(self) -> None:
+        """A load failed: what vLLM computes once more is to be stored like new, and only that."""
+        for tracked in self._tracked.values():
+            computed = tracked.request.num_computed_tokens // self._block_tokens
+            tracked.considered = min(tracked.considered, computed)
 
-    def _tokens_of(self, job: Job) -> int:
-        return len(job.block_ids) * self._block_tokens // len(self._reaches)
+    def _tokens_of(self, job: Job) -> float:
+        """As `_loaded_tokens`."""
+        return len(job.block_ids) * self._block_tokens / len(self._reaches)
 
     def _track(self, request: Request) -> TrackedRequest:
         tracked = self._tracked.get(request.request_id)
@@ -222,17 +237,19 @@ class SchedulerSide:
         for group in range(len(self._reaches)):
             self.offload.tier.touch(tracked.keys(group, 0, last))
 
-    def _advance(self, output: SchedulerOutput) -> Iterator[tuple[TrackedRequest, int]]:
-        """Each scheduled request with the number of its tokens computed after this step."""
+    def _advance(self, output: SchedulerOutput) -> Iterator[tuple[TrackedRequest, int, int]]:
+        """Each scheduled request, with how many tokens are computed before this step and after."""
         scheduled = output.num_scheduled_tokens
         for new in output.scheduled_new_reqs:
             tracked = self._tracked.get(new.req_id)
             if tracked is not None:
                 tracked.block_ids = [list(ids) for ids in new.block_ids]
-                yield tracked, new.num_computed_tokens + scheduled[new.req_id]
+                before = new.num_computed_tokens
+                tracked.computed = before + scheduled[new.req_id]
+                yield tracked, before, tracked.computed
         cached = output.scheduled_cached_reqs
         rows = zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
-        for request_id, block_ids, num_computed in rows:
+        for request_id, block_ids, before in rows:
             tracked = self._tracked.get(request_id)
             if tracked is None:
                 continue
@@ -240,25 +257,30 @@ class SchedulerSide:
                 tracked.block_ids = [[] for _ in self._reaches]
             for group, new_ids in enumerate(block_ids or ()):
                 tracked.block_ids[group] += new_ids
-            yield tracked, num_computed + scheduled[request_id]
+            tracked.computed = before + scheduled[request_id]
+            yield tracked, before, tracked.computed
 
     def _completed(
-        self, tracked: TrackedRequest, num_tokens: int
+        self, tracked: TrackedRequest, before: int, after: int
     ) -> Iterator[tuple[BlockKey, int]]:
         """Blocks full of computed tokens that were not considered yet and are worth storing.
 
-        A block has a hash only if all of its tokens are known, so drafts never complete one.
+        A block has a hash only if all of its tokens are known, so drafts never complete one. What
+        lies behind the window of the tokens computed `before` belongs to others by now.
         """
-        first, length = tracked.considered, len(tracked.request.block_hashes)
-        last = min(tracked.most_stored(num_tokens) // self._block_tokens, length)
+        size, length = self._block_tokens, len(tracked.request.block_hashes)
+        first, last = tracked.considered, min(tracked.most_stored(after) // size, length)
         if last <= first:
             return
         tracked.considered = last
         if tracked.stale or self._pool is None:
             return
-        for group, block_ids in enumerate(tracked.block_ids):
-            keys = tracked.keys(group, first, last)
-            rows = zip(range(first, last), keys, block_ids[first:last], strict=False)
+        for group, (reach, block_ids) in enumerate(
+            zip(self._reaches, tracked.block_ids, strict=True)
+        ):
+            start = max(first, reach.first_token(before) // size)
+            keys = tracked.keys(group, start, last)
+            rows = zip(range(start, last), keys, block_ids[start:last], strict=False)
             for position, key, block_id in rows:
                 if self._pool.blocks[block_id].is_null or not self.offload.wants(key):
                     continue

@@ -29,8 +29,8 @@ class TrackedRequest:
     """Tokens of a hit that it was told then to compute."""
     apart: bool = False
     """Whether it was told then to wait for its load while others run."""
-    loading: bool = False
-    """It waits so."""
+    computed: int = 0
+    """Tokens whose KV the steps planned so far compute or were told to be there."""
     touched: bool = False
     """Its use of blocks was counted."""
     stale: bool = False

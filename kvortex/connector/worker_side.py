@@ -57,7 +57,8 @@ class WorkerSide:
     def wake_up(self) -> None:
         """The KV tensors are where they were, without their bytes. May be called twice."""
         if self._asleep:
-            self.worker.reopen(open_copy_engine(self._layout, self._pool, self._num_streams))
+            engine = open_copy_engine(self._layout, self._pool, self._num_streams, warm_up=False)
+            self.worker.reopen(engine)
             self._asleep = False
 
     def close(self) -> None:
