@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvortex.plugins import load_policy, policy_names
 from kvortex.policies import ADMISSIONS, Place
 from kvortex.policies.reuse import LEAST_WATCHED, ReuseDistance
+from kvortex.policies.sketch import FrequencySketch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -229,6 +230,18 @@ def test_s3fifo_lets_what_is_seen_once_pass() -> None:
     assert [policy.evict(none_pinned) for _ in range(3)] == [bytes([n]) for n in range(3)]
     policy.insert(bytes([0]))  # a ghost: straight to the main queue
     assert drain(policy)[-2:] == [b"used", bytes([0])]
+
+
+@given(numbers=st.lists(st.integers(0, 5), max_size=300))
+def test_sketch_counts_few_keys_exactly(numbers: list[int]) -> None:
+    """Up to fifteen; every count is halved after ten times the capacity of sightings."""
+    sketch, seen, since = FrequencySketch(16), Counter[int](), 0
+    for number in numbers:
+        sketch.add(bytes([number]))
+        seen[number], since = min(15, seen[number] + 1), since + 1
+        if since == 160:
+            seen, since = Counter({n: count // 2 for n, count in seen.items()}), 80
+    assert [sketch.count(bytes([n])) for n in range(6)] == [seen[n] for n in range(6)]
 
 
 def test_wtinylfu_keeps_what_was_seen_more_often() -> None:
