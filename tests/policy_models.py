@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from kvortex.policies.ghosts import Ghosts
+from kvortex.policies.reuse import ReuseDistance
 from kvortex.policies.sketch import FrequencySketch
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ class Model(ABC):
         for key in self.keys(part)[: max(0, len(self.keys(part)) - most)]:
             self.drop(key)
 
-    def expect(self, key: bytes) -> None: ...
+    def expect(self, key: bytes) -> None:  # noqa: B027  (as in EvictionPolicy)
+        ...
 
     @abstractmethod
     def insert(self, key: bytes) -> None: ...
@@ -221,8 +224,46 @@ class WTinyLFUModel(Model):
         return leaving
 
 
+class LRUFreqModel(Model):
+    """Parts are ranks 0 to 7; what has tests of its own, the usual wait and ghosts, is shared."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.reuse = ReuseDistance(capacity)
+        self.ghosts = Ghosts(2 * capacity)
+        self.uses: dict[bytes, int] = {}
+        self.due: dict[bytes, float] = {}
+
+    def enter(self, key: bytes, rank: int) -> None:
+        self.put(key, str(rank))
+        self.due[key] = int(self.reuse.now + self.reuse.typical)
+
+    def insert(self, key: bytes) -> None:
+        self.uses[key] = self.ghosts.pop(key) or 0
+        self.hit(key)
+
+    def hit(self, key: bytes) -> None:
+        self.reuse.access(key)
+        self.uses[key] += 1
+        self.enter(key, min(7, self.uses[key].bit_length() - 1))
+        for rank in range(1, 8):
+            oldest = self.oldest(str(rank))
+            if oldest is not None and self.due[oldest] < self.reuse.now:
+                self.enter(oldest, rank - 1)
+
+    def evict(self, pinned: Set[bytes]) -> bytes | None:
+        for rank in range(8):
+            victim = self.oldest(str(rank), pinned)
+            if victim is not None:
+                self.ghosts.put(victim, self.uses[victim])
+                self.drop(victim)
+                return victim
+        return None
+
+
 MODELS: dict[str, type[Model]] = {
     "arc": ARCModel,
+    "lru_freq": LRUFreqModel,
     "mq": MQModel,
     "s3fifo": S3FIFOModel,
     "wtinylfu": WTinyLFUModel,

@@ -7,7 +7,13 @@ from typing import ClassVar
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 from policy_models import MODELS, Model
 
 from kvortex.plugins import load_policy
@@ -91,5 +97,4 @@ class PolicyMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("name", MODELS)
 def test_policy_equals_its_model(name: str) -> None:
     machine = type(f"{name}Machine", (PolicyMachine,), {"name": name})
-    machine.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
-    machine.TestCase().runTest()
+    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=30))
