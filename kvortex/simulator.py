@@ -101,7 +101,7 @@ class _Tier:
             if key in self:
                 tier.touch((key,))
             elif tier.admits(key, Place(position, length)):
-                blocks = tier.reserve((key,))
+                blocks = tier.reserve((key,), (keys[position - 1] if position else None,))
                 tier.commit(blocks)
                 self.written += len(blocks)
 

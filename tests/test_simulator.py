@@ -67,7 +67,7 @@ def test_no_policy_passes_the_bound_of_single_blocks(requests: list[str], capaci
         ("lru", [0.0525, 0.1958]),
         ("arc", [0.0649, 0.2102]),
         ("mq", [0.0619, 0.2217]),
-        ("s3fifo", [0.0750, 0.1874]),
+        ("s3fifo", [0.0750, 0.1882]),  # 0.1874 where orphans may stay
         ("sieve", [0.0582, 0.1276]),
         (CLAIRVOYANT, [0.2464, 0.3664]),
     ],
