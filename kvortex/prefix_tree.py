@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvortex.block import Block
     from kvortex.core import BlockKey
-    from kvortex.index import Block
 
 
 class PrefixTree:

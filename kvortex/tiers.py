@@ -10,7 +10,7 @@ from kvortex.index import Block, Index, State
 from kvortex.policies import Always
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from kvortex.core import BlockKey
     from kvortex.policies import AdmissionFilter, EvictionPolicy, Place
@@ -36,12 +36,18 @@ class HostTier:
     """
 
     def __init__(
-        self, num_slots: int, policy: EvictionPolicy, admission: AdmissionFilter | None = None
+        self,
+        num_slots: int,
+        policy: EvictionPolicy,
+        admission: AdmissionFilter | None = None,
+        on_evict: Callable[[Block], None] | None = None,
     ) -> None:
+        """`on_evict` is told of each victim while its bytes are still there."""
         self.index = Index(num_slots)
         self.evictions = 0
         self._policy = GuardedPolicy(policy, self.index.keys)
         self._admission = admission or Always(num_slots)
+        self._on_evict = on_evict
         self._arriving: dict[BlockKey, _Arrivals] = {}
         self._path: list[Block] = []
         """From the victim that the policy named last down to the block that leaves next."""
@@ -162,14 +168,18 @@ class HostTier:
         self._spared.clear()
         if block is None:
             return False
+        if self._on_evict is not None:
+            self._on_evict(block)
         self._drop(block)
         self.evictions += 1
         return True
 
     def _next_to_leave(self) -> Block | None:
         while self._path or self._name_victim():
-            while (below := self._path[-1].below) is not None:
+            below = self._path[-1].below
+            while below is not None and below is not self._path[0]:  # that would be a circle
                 self._path.append(below)
+                below = below.below
             block = self._path[-1]
             if block.state is State.RESIDENT and not block.pins:
                 return block

@@ -184,6 +184,16 @@ def test_a_tail_whose_prefix_did_not_arrive_is_an_orphan() -> None:
     assert readable(host) == {b"b"}
 
 
+@pytest.mark.parametrize("circle", ["a", "ab", "abc"])
+def test_keys_that_go_round_in_a_circle_hold_nobody_up(circle: str) -> None:
+    """A prefix's hash never does, but ids in a trace that somebody wrote may."""
+    keys = [letter.encode() for letter in circle]
+    host = HostTier(len(keys), LRU(len(keys)))
+    host.commit(host.reserve(keys, [keys[-1], *keys[:-1]]))
+    assert len(host.reserve([b"%d" % i for i in range(len(keys))])) == len(keys)
+    host.index.check()
+
+
 def test_a_victim_is_found_in_constant_time() -> None:
     """A prompt of many blocks leaves block by block, without a walk for each."""
     host = lru(4000, "a" * 4000)
