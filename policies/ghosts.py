@@ -10,6 +10,8 @@ WAYS = 8
 SPARE = 3
 """Times as many places as keys, as keys fall unevenly: so one in 200 is lost. More must not be: a
 prompt of which one block is forgotten is as good as forgotten from there on."""
+MOST_KEYS = 1 << 22
+"""That are remembered, however large the pool: 100 MB."""
 SPREAD = 0x9E3779B1
 """2^32 over the golden ratio: keys whose checksums are neighbours share no place."""
 CHECKSUM, NUMBER, COUNT = (1 << 24) - 1, (1 << 8) - 1, (1 << 32) - 1
@@ -23,6 +25,7 @@ class Ghosts:
     """
 
     def __init__(self, count: int) -> None:
+        count = min(count, MOST_KEYS)
         self._count = count
         self._puts = 0
         self._places = max(1, -(-SPARE * count // WAYS))
