@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+TRACE_HELP = "JSON lines with hash_ids and input_length, or a trace that KVortex recorded"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,12 +69,17 @@ def _parser() -> argparse.ArgumentParser:
         help="replay a trace of requests through eviction policies",
         epilog="kvortex simulate trace.jsonl --policy lru lru_freq --admission adaptive",
     )
-    simulate.add_argument("trace", type=Path, help="JSON lines with hash_ids and input_length")
+    simulate.add_argument("trace", type=Path, help=TRACE_HELP)
     simulate.add_argument("--policy", nargs="+", metavar="P", help="default: all, and the optimum")
     simulate.add_argument(
         "--capacity",
         default="1%,5%,10%,25%",
-        help="blocks, or shares of the distinct blocks, with commas (default: 1%%,5%%,10%%,25%%)",
+        help="blocks, shares of the distinct blocks, or sizes like 64GiB, with commas "
+        "(default: 1%%,5%%,10%%,25%%)",
+    )
+    simulate.add_argument("--disk", metavar="CAPACITY", help="of a second tier behind the host")
+    simulate.add_argument(
+        "--block-bytes", metavar="SIZE", help="of a block, for sizes where the trace does not tell"
     )
     simulate.add_argument("--admission", default="always", help="default: %(default)s")
     simulate.add_argument(
@@ -82,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--json", action="store_true", help="one JSON object a line")
     simulate.add_argument("--plot", type=Path, metavar="PNG", help="draw hit rate against capacity")
     simulate.set_defaults(command=_simulate)
+
+    trace = commands.add_parser("trace", help="look into a trace of requests")
+    about = trace.add_subparsers(required=True, metavar="COMMAND")
+    info = about.add_parser("info", help="count what is in a trace")
+    info.add_argument("trace", type=Path, help=TRACE_HELP)
+    info.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    info.set_defaults(command=_trace_info)
 
     tune = commands.add_parser(
         "tune",
@@ -178,6 +191,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
         arguments.capacity.split(","),
         arguments.admission,
         _print_progress,
+        arguments.disk,
+        arguments.block_bytes,
     )
     if arguments.json:
         print("\n".join(json.dumps(outcome.as_dict()) for outcome in outcomes))
@@ -185,6 +200,17 @@ def _simulate(arguments: argparse.Namespace) -> int:
         print(table(outcomes, arguments.prefill_tokens_per_s))
     if arguments.plot is not None:
         plot(outcomes, arguments.plot)
+    return 0
+
+
+def _trace_info(arguments: argparse.Namespace) -> int:
+    from kvortex.trace import read_trace
+
+    facts = read_trace(arguments.trace).facts()
+    if arguments.json:
+        print(json.dumps(facts))
+    else:
+        print("\n".join(f"{name:16} {value}" for name, value in facts.items()))
     return 0
 
 

@@ -25,6 +25,8 @@ class GuardedPolicy(EvictionPolicy):
         super().__init__(getattr(policy, "capacity", 0))
         self._policy = policy
         self._resident = resident
+        self._leaving: bytes | None = None
+        """The victim named last; it may stay resident for a while, and come back by `insert`."""
 
     def expect(self, key: bytes) -> None:
         try:
@@ -34,6 +36,7 @@ class GuardedPolicy(EvictionPolicy):
 
     def insert(self, key: bytes) -> None:
         """`key` is in the map already."""
+        self._leaving = None if key == self._leaving else self._leaving
         try:
             self._policy.insert(key)
         except Exception as error:  # noqa: BLE001
@@ -51,10 +54,11 @@ class GuardedPolicy(EvictionPolicy):
             wrong = self._what_is_wrong(victim, pinned)
         except Exception as error:  # noqa: BLE001
             victim, wrong = None, repr(error)
-        if wrong is None:
-            return victim
-        self._replace(f"evict {wrong}")
-        return self._policy.evict(pinned)
+        if wrong is not None:
+            self._replace(f"evict {wrong}")
+            victim = self._policy.evict(pinned)
+        self._leaving = victim
+        return victim
 
     def remove(self, key: bytes) -> None:
         """`key` is in the map still."""
@@ -77,4 +81,5 @@ class GuardedPolicy(EvictionPolicy):
         logger.error("Eviction policy %s is replaced by LRU: %s.", name, reason)
         self._policy = LRU(self.capacity)
         for key in self._resident:
-            self._policy.insert(key)
+            if key != self._leaving:
+                self._policy.insert(key)

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING
+
+from kvortex.block import Block, State
+from kvortex.prefix_tree import PrefixTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, KeysView
 
     from kvortex.core import BlockKey
-
-
-class State(Enum):
-    """A slot's holder is promised bytes, has them, or only waits for its last reader."""
-
-    RESERVED = "reserved"
-    RESIDENT = "resident"
-    CONDEMNED = "condemned"
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """A key's hold on one slot. `order` grows with every reservation."""
-
-    key: BlockKey
-    slot: int
-    order: int
-    state: State = State.RESERVED
-    pins: int = 0
+__all__ = ["Block", "Index", "State"]
 
 
 class Index:
@@ -45,6 +28,7 @@ class Index:
         self._resident: dict[BlockKey, Block] = {}
         self._held = 0
         self._orders = 0
+        self._tree = PrefixTree()
 
     @property
     def free(self) -> int:
@@ -80,10 +64,10 @@ class Index:
         self._free = [slot for slot in self._free if slot < self._limit]
         self.num_slots += len(self._free)
 
-    def reserve(self, key: BlockKey) -> Block:
-        """Give a free slot to a block that shall hold `key`."""
+    def reserve(self, key: BlockKey, parent: BlockKey | None = None) -> Block:
+        """Give a free slot to a block that shall hold `key`, which follows `parent`."""
         self._orders += 1
-        block = Block(key, self._free.pop(), self._orders)
+        block = Block(key, self._free.pop(), self._orders, parent=parent)
         self._held += 1
         return block
 
@@ -94,11 +78,17 @@ class Index:
         self._held -= 1
         block.state = State.RESIDENT
         self._resident[block.key] = block
+        self._tree.add(block, self._resident.get(block.parent or b""))
+
+    def orphans(self, parent: BlockKey) -> Iterator[Block]:
+        """The readable blocks that follow a key which is not readable."""
+        return self._tree.orphans(parent)
 
     def forget(self, block: Block) -> None:
         """Stop a block from being readable; its slot is free once nobody reads it."""
         if block.state is State.RESIDENT:
             del self._resident[block.key]
+            self._tree.remove(block)
             self._held += 1
         block.state = State.CONDEMNED
         self._free_if_unread(block)

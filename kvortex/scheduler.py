@@ -74,12 +74,18 @@ class OffloadScheduler:
         self.counters.not_admitted += not admitted
         return admitted
 
-    def store(self, keys: Sequence[BlockKey], block_ids: Sequence[int]) -> Job | None:
+    def store(
+        self,
+        keys: Sequence[BlockKey],
+        block_ids: Sequence[int],
+        parents: Sequence[BlockKey | None] | None = None,
+    ) -> Job | None:
         """Plan to keep blocks; as many leading ones as slots can be had for.
 
-        The source blocks must stay as they are until `settle` returns the job.
+        The source blocks must stay as they are until `settle` returns the job. `parents` are the
+        keys of the blocks without which each is of no use, as `HostTier.reserve` takes them.
         """
-        blocks = self.tier.reserve(keys)
+        blocks = self.tier.reserve(keys, parents)
         self.counters.evicted_blocks = self.tier.evictions
         self.counters.refused_stores += len(keys) - len(blocks)
         return self._plan(Direction.STORE, blocks, block_ids[: len(blocks)]) if blocks else None

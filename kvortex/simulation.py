@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 
 from kvortex.core import ConfigError
 from kvortex.plugins import load_admission, load_policy
-from kvortex.simulator import CLAIRVOYANT, Outcome, distinct_blocks, replay
+from kvortex.simulator import CLAIRVOYANT, Outcome, replay
 from kvortex.trace import read_trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from kvortex.trace import Request
+    from kvortex.trace import Trace
 
-_requests: list[Request] = []
-"""Of this process: a worker reads the trace once, for all that it replays."""
+_traces: list[Trace] = []
+"""One, of this process: a worker reads the trace once, for all that it replays."""
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 def simulate(
@@ -27,15 +29,20 @@ def simulate(
     capacities: Sequence[str],
     admission: str,
     say: Callable[[str], None],
+    disk: str | None = None,
+    block_bytes: str | None = None,
 ) -> list[Outcome]:
     """Replay a trace through every policy at every capacity.
 
     Args:
-        trace: in Mooncake's format.
+        trace: of Mooncake's format, or recorded.
         policies: registered names, or "clairvoyant".
-        capacities: numbers of blocks, or shares of the trace's distinct blocks like "5%".
+        capacities: numbers of blocks, shares of the trace's distinct blocks like "5%", or bytes
+            like "64GiB".
         admission: name of a filter, for all of them.
         say: called with each line of progress.
+        disk: capacity of a second tier.
+        block_bytes: bytes of a block, like "64MiB", where the trace does not tell.
 
     Raises:
         ConfigError: the trace cannot be read, or a name or capacity is none.
@@ -45,13 +52,15 @@ def simulate(
         if policy != CLAIRVOYANT:
             load_policy(policy, 1)
     _read(trace)
-    sizes = [_blocks(capacity, distinct_blocks(_requests)) for capacity in capacities]
-    tasks = [(policy, size, admission) for policy in policies for size in sizes]
-    outcomes: dict[tuple[str, int, str], Outcome] = {}
+    size_of = _Sizes(_traces[0], block_bytes)
+    sizes = [size_of("--capacity", capacity) for capacity in capacities]
+    disk_blocks = 0 if disk is None else size_of("--disk", disk)
+    tasks = [(policy, size, admission, disk_blocks) for policy in policies for size in sizes]
+    outcomes: dict[tuple[str, int, str, int], Outcome] = {}
     with ProcessPoolExecutor(os.cpu_count(), initializer=_read, initargs=(trace,)) as workers:
         under_way = {workers.submit(_replay, *task): task for task in tasks}
         for done in as_completed(under_way):
-            policy, size, _ = under_way[done]
+            policy, size, *_ = under_way[done]
             outcomes[under_way[done]] = done.result()
             say(f"{len(outcomes)} of {len(tasks)}: {policy} with {size} blocks")
     return [outcomes[task] for task in tasks]
@@ -60,11 +69,16 @@ def simulate(
 def table(outcomes: Sequence[Outcome], tokens_per_s: float | None = None) -> str:
     """For a person's eyes; with a prefill speed also the seconds that were saved."""
     lines = [f"{'policy':12} {'blocks':>8} {'share':>7} {'hits':>7} {'tokens':>7} {'written':>8}"]
+    disk = any(row.disk_blocks for row in outcomes)
+    if disk:
+        lines[0] += f" {'disk':>8} {'of hits':>7} {'written':>8}"
     if tokens_per_s is not None:
         lines[0] += f" {'saved':>10}"
     for row in outcomes:
         line = f"{row.policy:12} {row.capacity_blocks:8} {row.capacity_share:7.1%} "
         line += f"{row.block_hit_rate:7.4f} {row.token_hit_rate:7.4f} {row.blocks_written:8}"
+        if disk:
+            line += f" {row.disk_blocks:8} {row.disk_hit_rate:7.4f} {row.disk_blocks_written:8}"
         if tokens_per_s is not None:
             line += f" {row.hit_tokens / tokens_per_s:8.0f} s"
         lines.append(line)
@@ -103,22 +117,55 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def _read(trace: Path) -> None:
-    _requests[:] = read_trace(trace)
+    _traces[:] = [read_trace(trace)]
 
 
-def _replay(policy: str, capacity: int, admission: str) -> Outcome:
-    return replay(_requests, policy, capacity, admission)
+def _replay(policy: str, capacity: int, admission: str, disk_blocks: int) -> Outcome:
+    return replay(_traces[0], policy, capacity, admission, disk_blocks)
 
 
-def _blocks(capacity: str, distinct: int) -> int:
+class _Sizes:
+    """Turns what a user writes into blocks."""
+
+    def __init__(self, trace: Trace, block_bytes: str | None) -> None:
+        self._distinct = trace.distinct_blocks()
+        self._block_bytes = trace.block_bytes
+        if block_bytes is not None:
+            self._block_bytes = _bytes(block_bytes)
+            if self._block_bytes is None:
+                raise ConfigError(f"--block-bytes {block_bytes}: use a size like 64MiB")
+
+    def __call__(self, option: str, capacity: str) -> int:
+        blocks = self._blocks(option, capacity)
+        if blocks is None or not 1 <= blocks <= 1 << 40:
+            raise ConfigError(
+                f"{option} {capacity}: use a number of blocks, a share of the trace's "
+                f"{self._distinct} distinct blocks like 5%, or a size like 64GiB that holds a block"
+            )
+        return blocks
+
+    def _blocks(self, option: str, capacity: str) -> int | None:
+        size = _bytes(capacity)
+        if size is not None:
+            if self._block_bytes is None:
+                raise ConfigError(
+                    f"{option} {capacity}: this trace does not tell how large a block is; add "
+                    "--block-bytes"
+                )
+            return size // self._block_bytes
+        try:
+            if capacity.endswith("%"):
+                return int(float(capacity[:-1]) / 100 * self._distinct)
+            return int(capacity)
+        except (ValueError, OverflowError):
+            return None
+
+
+def _bytes(text: str) -> int | None:
+    """A number with a unit; None if it is not one, or less than a byte."""
+    number = text.rstrip("BbGgIiKkMmTt")
+    unit = UNITS.get(text[len(number) :].upper())
     try:
-        share = capacity.endswith("%")
-        blocks = int(float(capacity[:-1]) / 100 * distinct) if share else int(capacity)
+        return None if unit is None else int(float(number) * unit) or None
     except (ValueError, OverflowError):
-        blocks = 0
-    if not 1 <= blocks <= 1 << 40:
-        raise ConfigError(
-            f"--capacity {capacity}: use a number of blocks, or a share of the trace's {distinct} "
-            "distinct blocks like 5%"
-        )
-    return blocks
+        return None

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
 from kvortex.tiers import HostTier
-from kvortex.trace import BLOCK_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from kvortex.block import Block
     from kvortex.core import BlockKey
-    from kvortex.trace import Request
+    from kvortex.trace import Request, Trace
 
 CLAIRVOYANT = "clairvoyant"
 """Not a policy, but the bound: it knows when each block is asked for next."""
@@ -24,7 +24,7 @@ CLAIRVOYANT = "clairvoyant"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one policy did with a trace at one size."""
+    """What one policy did with a trace at one size, or with two tiers of two sizes."""
 
     policy: str
     admission: str
@@ -35,75 +35,118 @@ class Outcome:
     token_hit_rate: float
     blocks_written: int
     hit_tokens: int
+    disk_blocks: int
+    """Capacity of the second tier."""
+    disk_hit_rate: float
+    """The part of `block_hit_rate` that came from there."""
+    disk_blocks_written: int
 
     def as_dict(self) -> dict[str, str | int | float]:
         """Name to value."""
         return asdict(self)
 
 
-def distinct_blocks(requests: Sequence[Request]) -> int:
-    """How many blocks a pool would need to keep them all."""
-    return len({key for request in requests for key in request.keys})
-
-
 def replay(
-    requests: Sequence[Request], policy: str, capacity: int, admission: str = "always"
+    trace: Trace, policy: str, capacity: int, admission: str = "always", disk_blocks: int = 0
 ) -> Outcome:
     """Look each request up, then touch or store its blocks, the last first.
 
     A hit counts only while the chain from the request's start is unbroken.
 
     Args:
-        requests: in order.
-        policy: a registered name, or CLAIRVOYANT.
-        capacity: of the pool, in blocks.
-        admission: name of a filter.
+        trace: its requests, in order.
+        policy: a registered name, or CLAIRVOYANT; of both tiers.
+        capacity: of the host pool, in blocks.
+        admission: name of a filter, which stands before both tiers.
+        disk_blocks: of a second tier, which gets what the first evicts.
     """
     bound = policy == CLAIRVOYANT
-    pool = _Clairvoyant(requests, capacity) if bound else _Tier(policy, capacity, admission)
-    blocks = hit_blocks = tokens = hit_tokens = 0
-    for request in requests:
+    pool: _Clairvoyant | _Tiers
+    if bound:
+        pool = _Clairvoyant(trace.requests, capacity + disk_blocks)
+    else:
+        pool = _Tiers(policy, capacity, admission, disk_blocks)
+    blocks = hit_blocks = tokens = hit_tokens = disk_hits = 0
+    for request in trace.requests:
         keys = request.keys
         hits = next((i for i, key in enumerate(keys) if key not in pool), len(keys))
-        pool.use(request.keys)
-        blocks += len(request.keys)
+        disk_hits += pool.only_on_disk(keys[:hits])
+        pool.use(keys)
+        blocks += len(keys)
         hit_blocks += hits
         tokens += request.tokens
-        hit_tokens += min(hits * BLOCK_TOKENS, request.tokens)
+        hit_tokens += min(hits * trace.block_tokens, request.tokens)
     return Outcome(
         policy=policy,
         admission="" if bound else admission,
         capacity_blocks=capacity,
-        capacity_share=round(capacity / distinct_blocks(requests), 6),
+        capacity_share=round(capacity / trace.distinct_blocks(), 6),
         block_hit_rate=round(hit_blocks / max(1, blocks), 6),
         token_hit_rate=round(hit_tokens / max(1, tokens), 6),
         blocks_written=pool.written,
         hit_tokens=hit_tokens,
+        disk_blocks=disk_blocks,
+        disk_hit_rate=round(disk_hits / max(1, blocks), 6),
+        disk_blocks_written=pool.disk_written,
     )
 
 
-class _Tier:
-    """The connector's own tier with one policy."""
+class _Tiers:
+    """The connector's own tier with one policy, and behind it a second one for what it evicts.
 
-    def __init__(self, policy: str, capacity: int, admission: str) -> None:
-        self.written = 0
-        self._tier = HostTier(
-            capacity, load_policy(policy, capacity), load_admission(admission, capacity)
-        )
+    What is read from disk enters the host again and stays on disk as well.
+    """
+
+    def __init__(self, policy: str, capacity: int, admission: str, disk_blocks: int) -> None:
+        self.written = self.disk_written = 0
+        self._places: dict[BlockKey, Place] = {}
+        """Of blocks in the host, for the admission to the disk."""
+        self._disk = self._tier(policy, disk_blocks, admission) if disk_blocks else None
+        self._host = self._tier(policy, capacity, admission, self._demote)
 
     def __contains__(self, key: BlockKey) -> bool:
-        return self._tier.lookup(key) is not None
+        return self._host.lookup(key) is not None or self._on_disk(key)
+
+    def only_on_disk(self, keys: Sequence[BlockKey]) -> int:
+        """How many of these are not in the host."""
+        return sum(self._host.lookup(key) is None for key in keys) if self._disk else 0
 
     def use(self, keys: Sequence[BlockKey]) -> None:
-        tier, length = self._tier, len(keys)
+        host, length = self._host, len(keys)
         for position in range(length - 1, -1, -1):
-            key = keys[position]
-            if key in self:
-                tier.touch((key,))
-            elif tier.admits(key, Place(position, length)):
-                blocks = tier.reserve((key,))
-                tier.commit(blocks)
-                self.written += len(blocks)
+            key, place = keys[position], Place(position, length)
+            if host.lookup(key) is not None:
+                host.touch((key,))
+                continue
+            if self._disk is not None and self._on_disk(key):
+                self._disk.touch((key,))
+            if host.admits(key, place) or self._on_disk(key):
+                self.written += _store(host, key, keys[position - 1] if position else None)
+                if self._disk is not None:
+                    self._places[key] = place
+
+    def _on_disk(self, key: BlockKey) -> bool:
+        return self._disk is not None and self._disk.lookup(key) is not None
+
+    def _demote(self, block: Block) -> None:
+        place = self._places.pop(block.key, None)
+        if self._disk is None or place is None or self._on_disk(block.key):
+            return
+        if self._disk.admits(block.key, place):
+            self.disk_written += _store(self._disk, block.key, block.parent)
+
+    @staticmethod
+    def _tier(
+        policy: str, capacity: int, admission: str, on_evict: Callable[[Block], None] | None = None
+    ) -> HostTier:
+        filters = load_admission(admission, capacity)
+        return HostTier(capacity, load_policy(policy, capacity), filters, on_evict)
+
+
+def _store(tier: HostTier, key: BlockKey, parent: BlockKey | None) -> int:
+    blocks = tier.reserve((key,), (parent,))
+    tier.commit(blocks)
+    return len(blocks)
 
 
 class _Clairvoyant:
@@ -113,7 +156,7 @@ class _Clairvoyant:
     """
 
     def __init__(self, requests: Sequence[Request], capacity: int) -> None:
-        self.written = 0
+        self.written = self.disk_written = 0
         self._capacity = capacity
         self._uses: defaultdict[BlockKey, deque[int]] = defaultdict(deque)
         for number, request in enumerate(requests):
@@ -125,6 +168,10 @@ class _Clairvoyant:
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._next
+
+    def only_on_disk(self, _keys: Sequence[BlockKey]) -> int:
+        """The bound has one tier of both sizes."""
+        return 0
 
     def use(self, keys: Sequence[BlockKey]) -> None:
         for position in range(len(keys) - 1, -1, -1):

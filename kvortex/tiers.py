@@ -10,7 +10,7 @@ from kvortex.index import Block, Index, State
 from kvortex.policies import Always
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
     from kvortex.core import BlockKey
     from kvortex.policies import AdmissionFilter, EvictionPolicy, Place
@@ -29,16 +29,32 @@ class HostTier:
     """Blocks in host RAM: reserve, then commit or abort; pin while a transfer reads.
 
     The policy knows exactly the readable keys. A pinned block is never a victim.
+
+    Where the key before each key is told, the tail of a request leaves first, whatever the policy:
+    a victim that others continue waits until they have left, the last first, and is in the policy
+    again if it is used meanwhile. Blocks whose prefix is gone for good leave before all others.
     """
 
     def __init__(
-        self, num_slots: int, policy: EvictionPolicy, admission: AdmissionFilter | None = None
+        self,
+        num_slots: int,
+        policy: EvictionPolicy,
+        admission: AdmissionFilter | None = None,
+        on_evict: Callable[[Block], None] | None = None,
     ) -> None:
+        """`on_evict` is told of each victim while its bytes are still there."""
         self.index = Index(num_slots)
         self.evictions = 0
         self._policy = GuardedPolicy(policy, self.index.keys)
         self._admission = admission or Always(num_slots)
+        self._on_evict = on_evict
         self._arriving: dict[BlockKey, _Arrivals] = {}
+        self._path: list[Block] = []
+        """From the victim that the policy named last down to the block that leaves next."""
+        self._orphans: list[Block] = []
+        """Blocks that had no prefix when they came, or lost it; looked at again before use."""
+        self._spared: dict[BlockKey, None] = {}
+        """Victims that cannot leave because a transfer reads what continues them."""
 
     def lookup(self, key: BlockKey) -> Block | None:
         """The readable block of a key; does not count as a use."""
@@ -56,8 +72,14 @@ class HostTier:
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Count a use of each readable key, the last first, so that a prefix outlives its tail."""
         for key in reversed(keys):
-            if self.index.get(key) is not None:
-                self._admission.hit(key)
+            block = self.index.get(key)
+            if block is None:
+                continue
+            self._admission.hit(key)
+            if self._path and block is self._path[0]:
+                self._path.clear()
+                self._policy.insert(key)
+            else:
                 self._policy.hit(key)
 
     def admits(self, key: BlockKey, place: Place) -> bool:
@@ -67,21 +89,32 @@ class HostTier:
         """
         return self._admission.admit(key, place) or self.index.free > 0
 
-    def reserve(self, keys: Iterable[BlockKey]) -> list[Block]:
-        """Promise a slot to as many leading keys as slots can be had for, evicting as needed."""
-        blocks = []
+    def reserve(
+        self, keys: Sequence[BlockKey], parents: Sequence[BlockKey | None] | None = None
+    ) -> list[Block]:
+        """Promise a slot to as many leading keys as slots can be had for, evicting as needed.
+
+        Args:
+            keys: any, in order of their worth.
+            parents: for each the key before it in its request, None for a first block; to be left
+                out where blocks are of use without those before them.
+        """
         for key in keys:
+            self._arriving.setdefault(key, _Arrivals()).count += 1
+        blocks: list[Block] = []
+        for key, parent in zip(keys, parents or [None] * len(keys), strict=True):
             self._policy.expect(key)
             if not self.index.free and not self._evict_one():
                 break
-            blocks.append(self.index.reserve(key))
-            self._arriving.setdefault(key, _Arrivals()).count += 1
+            blocks.append(self.index.reserve(key, parent))
+        for key in keys[len(blocks) :]:
+            self._arrived(key)
         return blocks
 
     def commit(self, blocks: Sequence[Block]) -> None:
         """The bytes are there: the keys become readable, the last first (see `touch`)."""
         for block in reversed(blocks):
-            arrivals = self._arrived(block)
+            arrivals = self._arrived(block.key)
             if block.order < arrivals.newest:
                 self.index.forget(block)
                 continue
@@ -91,15 +124,15 @@ class HostTier:
                 self.index.publish(block)
                 self._policy.insert(block.key)
             else:
-                self.index.forget(older)
-                self.index.publish(block)
-                self._policy.hit(block.key)
+                self._replace(older, block)
+        self._orphans += self._without_prefix(blocks)
 
     def abort(self, blocks: Iterable[Block]) -> None:
         """The bytes did not arrive: the slots are free again."""
         for block in blocks:
-            self._arrived(block)
+            self._arrived(block.key)
             self.index.forget(block)
+            self._orphans += self._without_prefix(self.index.orphans(block.key))
 
     def pin(self, blocks: Iterable[Block]) -> None:
         """Keep readable blocks in place until as many `unpin`s."""
@@ -115,30 +148,90 @@ class HostTier:
         """Drop blocks whose bytes cannot be trusted, if they are still readable."""
         for block in blocks:
             if block.state is State.RESIDENT:
-                self._policy.remove(block.key)
-                self.index.forget(block)
+                self._drop(block)
+                self._orphans += self._without_prefix(self.index.orphans(block.key))
 
     def clear(self) -> None:
         """Forget every readable block."""
         self.forget(list(self.index))
 
+    def _replace(self, older: Block, block: Block) -> None:
+        """New bytes for a key that is readable."""
+        leaving = self._path and older is self._path[0]
+        self.index.forget(older)
+        self.index.publish(block)
+        if leaving:
+            self._path.clear()
+            self._policy.insert(block.key)
+        else:
+            self._policy.hit(block.key)
+
     def _evict_one(self) -> bool:
-        victim = self._policy.evict(self._is_pinned)
-        if victim is None:
+        block = self._next_to_leave()
+        for key in self._spared:
+            self._policy.insert(key)
+        self._spared.clear()
+        if block is None:
             return False
-        block = self.index.get(victim)
-        assert block is not None
-        self.index.forget(block)
+        if self._on_evict is not None:
+            self._on_evict(block)
+        self._drop(block)
         self.evictions += 1
         return True
 
+    def _next_to_leave(self) -> Block | None:
+        while self._path or self._name_victim():
+            below = self._path[-1].below
+            while below is not None and below is not self._path[0]:  # that would be a circle
+                self._path.append(below)
+                below = below.below
+            block = self._path[-1]
+            if block.state is State.RESIDENT and not block.pins:
+                return block
+            if block.state is State.RESIDENT:
+                self._spared[self._path[0].key] = None
+                self._path.clear()
+            else:
+                self._path.pop()
+        return None
+
+    def _name_victim(self) -> bool:
+        """Begin a path with an orphan, or with what the policy names; False if there is nothing."""
+        while self._orphans:
+            block = next(self._without_prefix([self._orphans.pop()]), None)
+            if block is not None and not block.pins:
+                self._policy.remove(block.key)
+                self._path.append(block)
+                return True
+        victim = self._policy.evict(self._is_pinned)
+        block = None if victim is None else self.index.get(victim)
+        if block is not None:
+            self._path.append(block)
+        return block is not None
+
+    def _drop(self, block: Block) -> None:
+        """A readable block is no more; the policy does not know the one that began the path."""
+        if self._path and block is self._path[0]:
+            self._path.clear()
+        else:
+            self._policy.remove(block.key)
+        self.index.forget(block)
+
+    def _without_prefix(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        """Those whose prefix is neither readable nor arriving."""
+        for block in blocks:
+            parent = block.parent
+            lonely = block.state is State.RESIDENT and parent is not None and block.above is None
+            if lonely and parent not in self._arriving:
+                yield block
+
     def _is_pinned(self, key: BlockKey) -> bool:
         block = self.index.get(key)
-        return block is not None and block.pins > 0
+        return block is not None and (block.pins > 0 or key in self._spared)
 
-    def _arrived(self, block: Block) -> _Arrivals:
-        arrivals = self._arriving[block.key]
+    def _arrived(self, key: BlockKey) -> _Arrivals:
+        arrivals = self._arriving[key]
         arrivals.count -= 1
         if not arrivals.count:
-            del self._arriving[block.key]
+            del self._arriving[key]
         return arrivals

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from dataclasses import dataclass
 
+from .ghosts import Ghosts
 from .sketch import FrequencySketch
 
-SEEN_SHARE = 3
+SEEN_SHARE = 4
 """Times the capacity: keys that were refused and are recognised when they come again."""
 
 
@@ -46,15 +46,12 @@ class SecondSight(AdmissionFilter):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._seen = Ghosts(SEEN_SHARE * capacity)
 
     def admit(self, key: bytes, place: Place) -> bool:
-        if key in self._seen:
-            del self._seen[key]
+        if self._seen.pop(key) is not None:
             return True
-        self._seen[key] = None
-        if len(self._seen) > SEEN_SHARE * self.capacity:
-            self._seen.popitem(last=False)
+        self._seen.put(key, 0)
         return False
 
 

@@ -6,12 +6,17 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from .base import EvictionPolicy
+from .ghosts import NUMBER, Ghosts
 from .reuse import ReuseDistance
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 RANKS = 8
+MOST_USES = NUMBER
+"""That are counted: enough for the highest rank."""
+GHOSTS = 2
+"""Times the capacity: keys that left and whose uses are remembered."""
 
 
 class LRUFreq(EvictionPolicy):
@@ -21,55 +26,53 @@ class LRUFreq(EvictionPolicy):
     was popular an hour ago protects nothing, and what was used twice outlives a burst of blocks
     seen once. How long that is, is learned from the traffic (see ReuseDistance), because it depends
     on people and programs, not on the size of the pool. Uses of keys that left are remembered for
-    as many keys as the pool holds. Every verb is O(1).
+    about twice as many keys as the pool holds. Every verb is O(1).
 
     The ranks are those of MQ (Zhou, Philbin, Li, USENIX 2001), whose life is tied to the capacity.
     """
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._ranks: list[OrderedDict[bytes, float]] = [OrderedDict() for _ in range(RANKS)]
-        """Key to the access at which it loses its rank; the oldest access first."""
-        self._rank: dict[bytes, int] = {}
-        self._uses: dict[bytes, int] = {}
-        self._left: OrderedDict[bytes, int] = OrderedDict()
+        self._ranks: list[OrderedDict[bytes, int]] = [OrderedDict() for _ in range(RANKS)]
+        """Key to its uses, and above their eight bits the access at which it loses its rank."""
+        self._left = Ghosts(GHOSTS * capacity)
         self._reuse = ReuseDistance(capacity)
 
     def insert(self, key: bytes) -> None:
         self._reuse.access(key)
-        self._put(key, self._left.pop(key, 0) + 1)
+        self._put(key, self._left.pop(key) or 0)
 
     def hit(self, key: bytes) -> None:
         self._reuse.access(key)
-        del self._ranks[self._rank[key]][key]
-        self._put(key, self._uses[key] + 1)
+        self._put(key, self._take(key))
 
     def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:
         for rank in self._ranks:
             victim = next((key for key in rank if not pinned(key)), None)
             if victim is not None:
-                self._left[victim] = self._drop(victim)
-                if len(self._left) > self.capacity:
-                    self._left.popitem(last=False)
+                self._left.put(victim, rank.pop(victim) & MOST_USES)
                 return victim
         return None
 
     def remove(self, key: bytes) -> None:
-        self._drop(key)
+        self._take(key)
 
-    def _put(self, key: bytes, uses: int) -> None:
-        self._uses[key] = uses
-        self._enter(key, min(uses.bit_length(), RANKS) - 1)
-        for rank in range(1, RANKS):
-            oldest = next(iter(self._ranks[rank]), None)
-            if oldest is not None and self._ranks[rank][oldest] < self._reuse.now:
-                del self._ranks[rank][oldest]
-                self._enter(oldest, rank - 1)
+    def _take(self, key: bytes) -> int:
+        """Let a key go; returns its uses."""
+        for rank in self._ranks:
+            if key in rank:
+                return rank.pop(key) & MOST_USES
+        raise KeyError(key)
 
-    def _enter(self, key: bytes, rank: int) -> None:
-        self._rank[key] = rank
-        self._ranks[rank][key] = self._reuse.now + self._reuse.typical
+    def _put(self, key: bytes, uses_before: int) -> None:
+        uses = min(MOST_USES, uses_before + 1)
+        self._enter(key, uses.bit_length() - 1, uses)
+        for number in range(1, RANKS):
+            rank = self._ranks[number]
+            oldest = next(iter(rank), None)
+            if oldest is not None and rank[oldest] >> 8 < self._reuse.now:
+                self._enter(oldest, number - 1, rank.pop(oldest) & MOST_USES)
 
-    def _drop(self, key: bytes) -> int:
-        del self._ranks[self._rank.pop(key)][key]
-        return self._uses.pop(key)
+    def _enter(self, key: bytes, rank: int, uses: int) -> None:
+        due = int(self._reuse.now + self._reuse.typical)
+        self._ranks[rank][key] = due << 8 | uses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 
 from kvortex.plugins import load_policy, policy_names
 from kvortex.policies import ADMISSIONS, Place
+from kvortex.policies.ghosts import Ghosts
+from kvortex.policies.miniature import Miniature, Sample
 from kvortex.policies.reuse import LEAST_WATCHED, ReuseDistance
+from kvortex.policies.sketch import FrequencySketch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -231,6 +235,18 @@ def test_s3fifo_lets_what_is_seen_once_pass() -> None:
     assert drain(policy)[-2:] == [b"used", bytes([0])]
 
 
+@given(numbers=st.lists(st.integers(0, 5), max_size=300))
+def test_sketch_counts_few_keys_exactly(numbers: list[int]) -> None:
+    """Up to fifteen; every count is halved after ten times the capacity of sightings."""
+    sketch, seen, since = FrequencySketch(16), Counter[int](), 0
+    for number in numbers:
+        sketch.add(bytes([number]))
+        seen[number], since = min(15, seen[number] + 1), since + 1
+        if since == 160:
+            seen, since = Counter({n: count // 2 for n, count in seen.items()}), 80
+    assert [sketch.count(bytes([n])) for n in range(6)] == [seen[n] for n in range(6)]
+
+
 def test_wtinylfu_keeps_what_was_seen_more_often() -> None:
     policy = load_policy("wtinylfu", 10)
     for number in range(10):
@@ -306,7 +322,53 @@ def test_filters_keep_little(name: str, accesses: list[tuple[int, int]]) -> None
     for number, position in accesses:
         assert admission.admit(bytes([number]), Place(position, 6)) in (True, False)
         admission.hit(bytes([number]))
-    assert len(getattr(admission, "_seen", ())) <= 3 * 4
+
+
+@given(
+    count=st.integers(1, 8),
+    steps=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 400)), max_size=200),
+)
+def test_ghosts_equal_a_list(count: int, steps: list[tuple[int, int]]) -> None:
+    """Of no more keys than share one place none is lost."""
+    ghosts, puts = Ghosts(count), list[tuple[int, int] | None]()
+    for key, number in steps:
+        known = [put for put in puts[-count:] if put is not None and put[0] == key]
+        assert ghosts.pop(bytes([key])) == (min(255, known[0][1]) if known else None)
+        puts = [None if put in known else put for put in puts]
+        if number % 3:
+            ghosts.put(bytes([key]), number)
+            puts.append((key, number))
+
+
+def test_ghosts_lose_one_key_in_hundreds() -> None:
+    ghosts = Ghosts(10_000)
+    for number in range(100_000):
+        ghosts.put(number.to_bytes(8, "big"), 1)
+    assert ghosts.pop((90_000 - 1).to_bytes(8, "big")) is None
+    found = [ghosts.pop(number.to_bytes(8, "big")) for number in range(90_000, 100_000)]
+    assert 9900 < found.count(1) < 10_000
+
+
+def test_a_miniature_hits_what_a_pool_would() -> None:
+    capacity = 30_000
+    sample = Sample(capacity)
+    assert sample.blocks < capacity / 10
+    pool, miniature = Miniature(capacity), Miniature(sample.blocks)
+    draw = random.Random(0)
+    for _ in range(200_000):
+        key = draw.randrange(2 * capacity).to_bytes(8, "big")
+        pool.access(key, admitted=True)
+        if key in sample:
+            miniature.access(key, admitted=True)
+    share = sample.blocks / capacity
+    assert miniature.hits / share == pytest.approx(pool.hits, rel=0.1)
+
+
+def test_a_miniature_is_filled_before_it_refuses() -> None:
+    miniature = Miniature(2)
+    for key in (b"a", b"b", b"c", b"a", b"b", b"c"):
+        miniature.access(key, admitted=False)
+    assert miniature.hits == 2
 
 
 @pytest.mark.parametrize("name", ["second_sight", "tinylfu"])

@@ -14,21 +14,21 @@ from kvortex.cli import main
 from kvortex.core import ConfigError
 from kvortex.plugins import policy_names
 from kvortex.policies import ADMISSIONS
-from kvortex.simulator import CLAIRVOYANT, distinct_blocks, replay
-from kvortex.trace import Request, read_trace
+from kvortex.simulator import CLAIRVOYANT, replay
+from kvortex.trace import Request, Trace, read_trace
 
 TRACE = Path(__file__).parents[2] / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
 REAL = pytest.mark.skipif(not TRACE.exists(), reason="the trace is not here")
 
 
 @pytest.fixture(scope="module")
-def conversations() -> list[Request]:
+def conversations() -> Trace:
     return read_trace(TRACE)
 
 
-def trace(*requests: str) -> list[Request]:
+def trace(*requests: str) -> Trace:
     """Each letter is a block of one token."""
-    return [Request(tuple(letter.encode() for letter in r), len(r)) for r in requests]
+    return Trace([Request(tuple(letter.encode() for letter in r), len(r)) for r in requests])
 
 
 def test_a_hit_counts_only_in_an_unbroken_chain() -> None:
@@ -67,15 +67,15 @@ def test_no_policy_passes_the_bound_of_single_blocks(requests: list[str], capaci
         ("lru", [0.0525, 0.1958]),
         ("arc", [0.0649, 0.2102]),
         ("mq", [0.0619, 0.2217]),
-        ("s3fifo", [0.0750, 0.1874]),
+        ("s3fifo", [0.0750, 0.1882]),  # 0.1874 where orphans may stay
         ("sieve", [0.0582, 0.1276]),
         (CLAIRVOYANT, [0.2464, 0.3664]),
     ],
 )
 def test_figures_that_others_found_too(
-    policy: str, rates: list[float], conversations: list[Request]
+    policy: str, rates: list[float], conversations: Trace
 ) -> None:
-    blocks = distinct_blocks(conversations)
+    blocks = conversations.distinct_blocks()
     for share, rate in zip((0.01, 0.05), rates, strict=True):
         assert round(replay(conversations, policy, int(blocks * share)).block_hit_rate, 4) == rate
 
@@ -86,9 +86,9 @@ def test_figures_that_others_found_too(
     [(0.01, 0.107, 0.5), (0.05, 0.217, 0.5), (0.10, 0.288, 1.0), (0.25, 0.350, 1.0)],
 )
 def test_the_default_is_ahead_at_every_size(
-    share: float, least_hits: float, most_written: float, conversations: list[Request]
+    share: float, least_hits: float, most_written: float, conversations: Trace
 ) -> None:
-    capacity = int(distinct_blocks(conversations) * share)
+    capacity = int(conversations.distinct_blocks() * share)
     ours = replay(conversations, "lru_freq", capacity, "adaptive")
     plain = replay(conversations, "lru", capacity)
     assert ours.block_hit_rate >= max(least_hits, plain.block_hit_rate)
@@ -100,8 +100,32 @@ def test_the_default_admission_never_starves_a_pool_that_is_large_enough(policy:
     draw = random.Random(1)
     names = [tuple(f"{i}.{j}".encode() for j in range(draw.randrange(1, 9))) for i in range(3000)]
     requests = [Request(keys, 1) for keys in [*names, *names]]
-    outcome = replay(requests, policy, 15_000, "adaptive")
+    outcome = replay(Trace(requests), policy, 15_000, "adaptive")
     assert outcome.block_hit_rate == 0.5
+
+
+def test_the_disk_serves_what_the_host_evicted() -> None:
+    twice = trace("abcd", "efgh", "abcd")
+    assert replay(twice, "lru", 4).block_hit_rate == 0
+    both = replay(twice, "lru", 4, disk_blocks=4)
+    assert both.block_hit_rate == both.disk_hit_rate == round(4 / 12, 6)
+    assert (both.blocks_written, both.disk_blocks_written) == (12, 8)
+
+
+@pytest.mark.parametrize("policy", policy_names())
+@given(
+    requests=st.lists(
+        st.text("abcdefgh", min_size=1, max_size=5).map(lambda t: "".join(dict.fromkeys(t))),
+        min_size=1,
+        max_size=40,
+    )
+)
+@settings(max_examples=10)
+def test_two_tiers_that_hold_all_lose_nothing(policy: str, requests: list[str]) -> None:
+    everything = trace(*requests)
+    whole = replay(everything, policy, 8)
+    split = replay(everything, policy, 1, disk_blocks=8)
+    assert split.block_hit_rate == whole.block_hit_rate
 
 
 def written(folder: Path, *lines: str) -> str:
@@ -123,6 +147,19 @@ def test_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "4 of 4" in shown.err
 
 
+def test_capacities_in_bytes_and_a_second_tier(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["simulate", written(tmp_path, *LINES), "--policy", "lru", "--disk", "90%"]
+    command += ["--capacity", "2MiB,0.003GB", "--block-bytes", "1MiB"]
+    assert main([*command, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["capacity_blocks"], row["disk_blocks"]) for row in rows] == [(2, 7), (2, 7)]
+    assert all(row["disk_hit_rate"] > 0 for row in rows)
+    assert main(command) == 0
+    assert "disk" in capsys.readouterr().out
+
+
 def test_command_prints_one_object_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +179,10 @@ def test_command_prints_one_object_a_line(
         ([], [], ["no request in it has blocks"]),
         (LINES, ["--capacity", "0"], ["--capacity 0", "like 5%"]),
         (LINES, ["--capacity", "much"], ["--capacity much"]),
+        (LINES, ["--capacity", "8GiB"], ["--capacity 8GiB", "--block-bytes"]),
+        (LINES, ["--block-bytes", "3"], ["--block-bytes 3", "64MiB"]),
+        (LINES, ["--capacity", "3", "--disk", "x"], ["--disk x", "like 5%"]),
+        (LINES, ["--capacity", "1KB", "--block-bytes", "1MiB"], ["--capacity 1KB", "holds"]),
         (LINES, ["--policy", "mru"], ["eviction_policy='mru'", "lru_freq"]),
         (LINES, ["--admission", "no"], ["admission='no'", "adaptive"]),
     ],

@@ -12,7 +12,7 @@ from kvortex.engine import slots_in_pool
 from kvortex.metrics import Gauges
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
-from kvortex.prefix_match import longest_prefix
+from kvortex.prefix_match import Reach, longest_prefix
 from kvortex.scheduler import OffloadScheduler
 from kvortex.step_clock import StepClock
 from kvortex.tiers import HostTier
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from kvortex.config import KVortexConfig
     from kvortex.connector.geometry import Geometry
     from kvortex.core import BlockKey, Job
-    from kvortex.prefix_match import Reach
 
 FAILED_STATUS = "FINISHED_ERROR"
 
@@ -133,12 +132,12 @@ class SchedulerSide:
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """Plan to store every block that this step completes."""
-        pairs = [
-            pair
+        rows = [
+            row
             for tracked, before, after in self._advance(output)
-            for pair in self._completed(tracked, before, after)
+            for row in self._completed(tracked, before, after)
         ]
-        self._store(pairs)
+        self._store(rows)
         num_tokens = output.total_num_scheduled_tokens
         self._running = len(output.num_scheduled_tokens)
         # A step without tokens says nothing, and one that waits for a load nothing of prefill.
@@ -262,8 +261,11 @@ class SchedulerSide:
 
     def _completed(
         self, tracked: TrackedRequest, before: int, after: int
-    ) -> Iterator[tuple[BlockKey, int]]:
+    ) -> Iterator[tuple[BlockKey, int, BlockKey | None]]:
         """Blocks full of computed tokens that were not considered yet and are worth storing.
+
+        With each the key of the block before it, without which it is of no use; of a window, the
+        blocks before it may be gone.
 
         A block has a hash only if all of its tokens are known, so drafts never complete one. What
         lies behind the window of the tokens computed `before` belongs to others by now.
@@ -275,6 +277,7 @@ class SchedulerSide:
         tracked.considered = last
         if tracked.stale or self._pool is None:
             return
+        whole = Reach()
         for group, (reach, block_ids) in enumerate(
             zip(self._reaches, tracked.block_ids, strict=True)
         ):
@@ -285,13 +288,15 @@ class SchedulerSide:
                 if self._pool.blocks[block_id].is_null or not self.offload.wants(key):
                     continue
                 if self.offload.admits(key, Place(position, length)):
-                    yield key, block_id
+                    before_it = tracked.keys(group, position - 1, position) if position else ()
+                    yield key, block_id, before_it[0] if before_it and reach == whole else None
 
-    def _store(self, pairs: list[tuple[BlockKey, int]]) -> None:
-        unique = dict(pairs)  # two requests of one step may have computed the same block
+    def _store(self, rows: list[tuple[BlockKey, int, BlockKey | None]]) -> None:
+        unique = {row[0]: row for row in rows}  # two requests may have computed the same block
         if not unique or self._pool is None:
             return
-        job = self.offload.store(list(unique), list(unique.values()))
+        keys, block_ids, parents = zip(*unique.values(), strict=True)
+        job = self.offload.store(keys, block_ids, parents)
         if job is not None:
             held = [self._pool.blocks[block_id] for block_id in job.block_ids.tolist()]
             self._pool.touch(held)

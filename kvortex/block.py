@@ -1,0 +1,38 @@
+"""Block: a key's hold on one slot of a tier, and its links to others. Scheduler side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvortex.core import BlockKey
+
+
+class State(Enum):
+    """A slot's holder is promised bytes, has them, or only waits for its last reader."""
+
+    RESERVED = "reserved"
+    RESIDENT = "resident"
+    CONDEMNED = "condemned"
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A key's hold on one slot. `order` grows with every reservation.
+
+    `parent` is the key of the block before it in its request, if told; the links below it are
+    kept by PrefixTree.
+    """
+
+    key: BlockKey
+    slot: int
+    order: int
+    state: State = State.RESERVED
+    pins: int = 0
+    parent: BlockKey | None = None
+    above: Block | None = None
+    below: Block | None = None
+    left: Block | None = None
+    right: Block | None = None
