@@ -21,11 +21,11 @@ BLOCK = 16
 SLOT_BYTES = 1 << 20
 
 
-def side(groups: int = 1, **settings: Any) -> SchedulerSide:
+def side(*reaches: Reach, **settings: Any) -> SchedulerSide:
     from kvortex.connector.geometry import Geometry
     from kvortex.connector.scheduler_side import SchedulerSide
 
-    geometry = Geometry(("a",), (Reach(),) * groups, 4096, BLOCK, SLOT_BYTES, 1)
+    geometry = Geometry(("a",), reaches or (Reach(),), 4096, BLOCK, SLOT_BYTES, 1)
     config = KVortexConfig(ram_pool_gb=4, **settings)
     return SchedulerSide(config, geometry, tells_failed_requests=True)
 
@@ -36,6 +36,8 @@ def request(tokens: int, params: dict[str, object] | None = None, number: int = 
     return SimpleNamespace(
         request_id=f"r{number}",
         num_tokens=tokens,
+        num_computed_tokens=0,
+        status=SimpleNamespace(name="FINISHED_ABORTED"),
         block_hashes=hashes,
         kv_transfer_params=params,
         skip_reading_prefix_cache=False,
@@ -92,7 +94,7 @@ def test_a_long_load_waits_apart_only_beside_others() -> None:
 
 def test_several_groups_wait_apart_as_only_so_a_failure_can_be_told() -> None:
     asked = request(160)
-    assert filled(side(groups=2), asked).match(asked, 0) == (144, True)
+    assert filled(side(Reach(), Reach()), asked).match(asked, 0) == (144, True)
 
 
 def test_what_loading_is_asked_for_is_checked() -> None:
@@ -114,4 +116,92 @@ def test_keys_are_vllms_own() -> None:
 
     asked = request(48)
     own = [make_block_hash_with_group_id(BlockHash(h), 1) for h in asked.block_hashes]
-    assert side(groups=2)._track(asked).keys(1, 0, 3) == own
+    assert side(Reach(), Reach())._track(asked).keys(1, 0, 3) == own
+
+
+class Pool:
+    """vLLM's, of blocks that nobody ever waits for."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.blocks = [SimpleNamespace(is_null=not n, ref_cnt=1) for n in range(num_blocks)]
+
+    def touch(self, blocks: list[Any]) -> None: ...
+
+    def free_blocks(self, blocks: Any) -> None: ...
+
+
+def allocated(keeper: SchedulerSide, asked: Any, block_ids: list[int], external: int) -> None:
+    """vLLM gives the request its blocks."""
+    blocks: Any = SimpleNamespace(get_block_ids=lambda: (block_ids,))
+    keeper.allocated(asked, blocks, external)
+
+
+def planned(keeper: SchedulerSide, asked: Any, before: int, tokens: int) -> list[int]:
+    """The blocks that are stored of a step that computes so many tokens of a running request."""
+    cached = SimpleNamespace(
+        req_ids=[asked.request_id],
+        new_block_ids=[None],
+        num_computed_tokens=[before],
+        resumed_req_ids=set(),
+    )
+    step: Any = SimpleNamespace(
+        num_scheduled_tokens={asked.request_id: tokens},
+        total_num_scheduled_tokens=tokens,
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=cached,
+    )
+    return [block for job in keeper.plan(step).stores for block in job.block_ids.tolist()]
+
+
+def test_blocks_behind_a_window_belong_to_others() -> None:
+    """vLLM does not say that it took them; a failed load has every block considered again."""
+    keeper, asked = side(Reach(window=32)), request(96)
+    keeper.bind_gpu_block_pool(Pool(16))
+    keeper.match(asked, 0)
+    allocated(keeper, asked, [1, 2, 3, 4, 5, 6], 0)
+    assert planned(keeper, asked, 0, 64) == [1, 2, 3, 4]
+    keeper.offload.settle(StepReport({0: 1}, failed=frozenset({0})))
+    keeper._compute_again()
+    assert planned(keeper, asked, 64, 32) == [3, 4, 5, 6]
+
+
+def test_what_another_connector_was_to_load_is_not_ours_to_store() -> None:
+    """Of the children of a MultiConnector, all see the blocks; vLLM counts them as computed."""
+    keeper, asked = side(), request(96)
+    keeper.bind_gpu_block_pool(Pool(16))
+    keeper.match(asked, 0)
+    allocated(keeper, asked, [1, 2, 3, 4, 5, 6], 0)
+    asked.num_computed_tokens = 96  # promised, and aborted before it arrived
+    keeper.finished(asked)
+    assert keeper.offload.take_plan().stores == ()
+
+
+def test_another_connectors_failed_load_spoils_what_is_under_way() -> None:
+    keeper, asked = side(), request(96)
+    keeper.bind_gpu_block_pool(Pool(16))
+    keeper.match(asked, 0)
+    allocated(keeper, asked, [1, 2, 3, 4, 5, 6], 0)
+    assert planned(keeper, asked, 0, 96) == [1, 2, 3, 4, 5, 6]
+    failed: Any = SimpleNamespace(invalid_block_ids={2}, kv_connector_worker_meta=None)
+    asked.num_computed_tokens = 16
+    keeper.settle(failed)
+    keeper.offload.settle(StepReport({0: 1}))
+    assert keeper.offload.tier.index.resident == 0
+    assert keeper._tracked[asked.request_id].considered == 1
+
+
+def test_a_failed_window_is_told_by_request() -> None:
+    """vLLM would begin again at the failed block, of which the window's tokens are gone."""
+    assert filled(side(Reach(window=32)), request(160)).match(request(160), 0) == (144, True)
+
+
+def test_a_reset_ends_with_what_was_computed_before() -> None:
+    keeper, asked = side(), request(96)
+    keeper.bind_gpu_block_pool(Pool(16))
+    keeper.match(asked, 0)
+    allocated(keeper, asked, [1, 2, 3, 4, 5, 6], 0)
+    keeper.reset()
+    assert planned(keeper, asked, 0, 96) == []
+    keeper.match(asked, 0)
+    allocated(keeper, asked, [1, 2, 3, 4, 5, 6], 0)  # it was preempted, and begins anew
+    assert planned(keeper, asked, 0, 96) == [1, 2, 3, 4, 5, 6]
