@@ -53,6 +53,12 @@ class KVortexConfig(BaseModel):
     min_load_tokens: int = Field(
         default=0, ge=0, description="A shorter hit is computed, whatever `load` says."
     )
+    trace_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File into which a trace of requests is recorded, for `kvortex simulate`; it "
+        "holds salted hashes, no prompts.",
+    )
 
     def __init__(self, /, **settings: Any) -> None:  # noqa: ANN401  (pydantic's own signature)
         try:

@@ -48,7 +48,8 @@ def test_unknown_setting_names_the_known_ones() -> None:
         KVortexConfig(ram_pool_gib=3)
     assert str(caught.value) == (
         "unknown setting ram_pool_gib=3: the settings are "
-        "ram_pool_gb, num_cuda_streams, eviction_policy, admission, load, min_load_tokens"
+        "ram_pool_gb, num_cuda_streams, eviction_policy, admission, load, min_load_tokens, "
+        "trace_path"
     )
 
 
@@ -90,6 +91,7 @@ def test_what_vllm_is_told() -> None:
             "admission": "adaptive",
             "load": "auto",
             "min_load_tokens": 0,
+            "trace_path": None,
         },
     }
 

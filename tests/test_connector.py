@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,6 +20,9 @@ from engines import (
 
 from kvortex import KVortexConfig
 from kvortex.core import ConfigError, Direction, TransferError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytest.importorskip("vllm")
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -423,3 +426,23 @@ def test_speed_of_prefill_is_what_a_clock_says(tiny_model: str) -> None:
             answers(llm, asked, tokens=1)
         learnt = connector(llm)._scheduler.costs.prefill_tokens_per_s
         assert min(speeds) * 0.7 < learnt < max(speeds) * 3
+
+
+def test_a_trace_is_recorded_and_can_be_replayed(tiny_model: str, tmp_path: Path) -> None:
+    from kvortex.simulator import replay
+    from kvortex.trace import read_trace
+
+    path = tmp_path / "trace.gz"
+    config = KVortexConfig(ram_pool_gb=0.5, load="always", trace_path=str(path))
+    with running(tiny_model, None, kv_transfer_config=config.kv_transfer_config()) as llm:
+        asked = prompts([1000, 333])
+        answers(llm, asked, tokens=1)
+        assert llm.reset_prefix_cache()
+        answers(llm, asked, tokens=1)
+        connector(llm).shutdown()
+    trace = read_trace(path)
+    assert [request.tokens for request in trace.requests] == [1000, 333] * 2
+    assert trace.distinct_blocks() == 1000 // BLOCK + 333 // BLOCK
+    served = [request.hits for request in trace.requests]
+    assert served[2:] == [{"gpu": 0, "host": 31}, {"gpu": 0, "host": 10}]
+    assert replay(trace, "lru", 100, "always").block_hit_rate == 0.5

@@ -99,6 +99,8 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+        if self._scheduler is not None:
+            self._scheduler.close()
 
     # Worker side, in the order of a step
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex.connector.messages import ReportMessage
@@ -13,6 +15,7 @@ from kvortex.metrics import Gauges
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
 from kvortex.prefix_match import Reach, longest_prefix
+from kvortex.recorder import Recorder
 from kvortex.scheduler import OffloadScheduler
 from kvortex.step_clock import StepClock
 from kvortex.tiers import HostTier
@@ -65,6 +68,7 @@ class SchedulerSide:
         self._tracked: dict[str, TrackedRequest] = {}
         self._held: dict[int, list[KVCacheBlock]] = {}
         self._clock = StepClock()
+        self._recorder = _open_recorder(config, geometry)
         self._running = 0
         self._loading_tokens = 0.0
         self._awaited_tokens = 0.0
@@ -123,6 +127,7 @@ class SchedulerSide:
         if not tracked.touched:  # to be resumed, or scheduled once loaded, is not a second use
             tracked.touched = True
             self._touch(tracked)
+            self._record(tracked, num_external_tokens)
         self._running += 1
         self.offload.counters.unpaid_tokens += tracked.unpaid
         self.offload.counters.hit_tokens += num_external_tokens
@@ -178,6 +183,21 @@ class SchedulerSide:
         self.offload.reset()
         for tracked in self._tracked.values():
             tracked.stale = True
+
+    def close(self) -> None:
+        """End the trace, if one is recorded."""
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def _record(self, tracked: TrackedRequest, num_external_tokens: int) -> None:
+        """Note a request that is seen for the first time, and who serves its blocks."""
+        if self._recorder is None:
+            return
+        request, size = tracked.request, self._block_tokens
+        keys = tracked.keys(0, 0, request.num_prompt_tokens // size)
+        hits = {"gpu": tracked.first, "host": num_external_tokens // size}
+        now = time.monotonic()
+        self._recorder.record(request.request_id, keys, hits, request.num_prompt_tokens, now)
 
     def _pays(self, num_tokens: int, loaded: float) -> bool:
         if num_tokens < self._config.min_load_tokens:
@@ -306,3 +326,11 @@ class SchedulerSide:
         held = self._held.pop(job_id, None)
         if held is not None and self._pool is not None:
             self._pool.free_blocks(reversed(held))
+
+
+def _open_recorder(config: KVortexConfig, geometry: Geometry) -> Recorder | None:
+    """Raises ConfigError where the file cannot be written."""
+    if config.trace_path is None:
+        return None
+    block_bytes = geometry.slot_bytes * geometry.num_ranks
+    return Recorder(Path(config.trace_path), geometry.block_tokens, block_bytes)
