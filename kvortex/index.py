@@ -8,7 +8,7 @@ from kvortex.block import Block, State
 from kvortex.prefix_tree import PrefixTree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, KeysView
+    from collections.abc import Callable, Iterator, KeysView
 
     from kvortex.core import BlockKey
 __all__ = ["Block", "Index", "State"]
@@ -23,6 +23,8 @@ class Index:
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.on_change: Callable[[BlockKey, bool], None] = _nobody
+        """Told of each key that becomes readable, and of each that no longer is."""
         self._limit = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._resident: dict[BlockKey, Block] = {}
@@ -78,6 +80,7 @@ class Index:
         self._held -= 1
         block.state = State.RESIDENT
         self._resident[block.key] = block
+        self.on_change(block.key, True)
         self._tree.add(block, self._resident.get(block.parent or b""))
 
     def orphans(self, parent: BlockKey) -> Iterator[Block]:
@@ -88,6 +91,7 @@ class Index:
         """Stop a block from being readable; its slot is free once nobody reads it."""
         if block.state is State.RESIDENT:
             del self._resident[block.key]
+            self.on_change(block.key, False)
             self._tree.remove(block)
             self._held += 1
         block.state = State.CONDEMNED
@@ -120,3 +124,7 @@ class Index:
         slots = [*self._free, *(block.slot for block in self)]
         assert len(slots) == len(set(slots))
         assert all(block.state is State.RESIDENT for block in self)
+
+
+def _nobody(_key: BlockKey, _readable: bool) -> None:
+    """Listens."""

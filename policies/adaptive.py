@@ -30,7 +30,7 @@ LEADS = (1.03, 1.0, 1.06)
 """By which factor each must have more hits than the reckoning has; what writes more, the more."""
 MEMORY = 0.95
 """What a miniature's hits weigh after each decision. Both were found on four synthetic traces and
-one real one; on others of the same kinds, drawn anew, the loss against the best was 3 % at most."""
+one real one; on others of the same kinds, drawn anew, the loss against the best was up to 3 %."""
 
 
 class Adaptive(AdmissionFilter):

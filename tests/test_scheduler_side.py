@@ -205,3 +205,23 @@ def test_a_reset_ends_with_what_was_computed_before() -> None:
     keeper.match(asked, 0)
     allocated(keeper, asked, [1, 2, 3, 4, 5, 6], 0)  # it was preempted, and begins anew
     assert planned(keeper, asked, 0, 96) == [1, 2, 3, 4, 5, 6]
+
+
+def test_events_tell_what_came_and_what_left() -> None:
+    from vllm.distributed.kv_events import BlockRemoved, BlockStored
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+    keeper, asked = side(), request(48)
+    hashes = [maybe_convert_block_hash(block_hash) for block_hash in asked.block_hashes]
+    events = keeper.tell_events()
+    filled(keeper, asked)
+    (stored,) = events.take()
+    assert isinstance(stored, BlockStored)
+    assert sorted(stored.block_hashes) == sorted(hashes)
+    assert (stored.medium, stored.block_size, stored.group_idx) == ("CPU", BLOCK, 0)
+    keeper.reset()
+    (removed,) = events.take()
+    assert isinstance(removed, BlockRemoved)
+    assert sorted(removed.block_hashes) == sorted(hashes)
+    assert removed.medium == "CPU"
+    assert events.take() == []

@@ -67,8 +67,9 @@ def test_streamed_output_is_equal_and_metrics_show_the_hits(
 @pytest.mark.usefixtures("processes")
 def test_speculative_decoding(tiny_model: str, tmp_path: Path) -> None:
     """Prompts repeat themselves, so that something is drafted."""
-    asked = [(prompt[:40] * 30)[:length] for prompt, length in zip(prompts(), LENGTHS, strict=True)]
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    asked = [(prompt[:40] * 40)[:length] for prompt, length in zip(prompts(), LENGTHS, strict=True)]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3}
+    drafts |= {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
     arguments = [*ARGUMENTS.split(), "--speculative-config", json.dumps(drafts)]
     transfer = KVortexConfig(ram_pool_gb=0.5).kv_transfer_config()
     with Server(tiny_model, tmp_path, arguments, transfer) as server:

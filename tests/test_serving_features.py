@@ -85,3 +85,26 @@ def test_as_a_child_of_multi_connector(tiny_model: str) -> None:
         first, second = (child._scheduler.offload for child in connector(llm)._connectors)
         assert first.counters.stored_blocks == second.counters.stored_blocks > 0
         assert (first.counters.loaded_blocks > 0, second.counters.loaded_blocks) == (True, 0)
+
+
+def test_kv_events_name_host_memory(tiny_model: str) -> None:
+    from vllm.config import KVEventsConfig
+
+    told = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    with running(tiny_model, 0.5, kv_events_config=told) as llm:
+        side = connector(llm)
+        taken: list[Any] = []
+        take = side.take_events
+
+        def noted() -> list[Any]:
+            events = list(take())
+            taken.extend(events)
+            return events
+
+        side.take_events = noted
+        answers(llm, prompts([333]), TOKENS)
+        assert llm.reset_prefix_cache(reset_connector=True)
+        answers(llm, prompts([64], seed=1), TOKENS)
+    names = [(type(event).__name__, len(event.block_hashes)) for event in taken]
+    assert ("BlockRemoved", 10) in names
+    assert sum(n for name, n in names if name == "BlockStored") == 10 + 2

@@ -33,8 +33,11 @@ from kvortex.host_pool import require_free_memory
 from kvortex.plugins import load_admission, load_policy
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorPromMetrics,
         KVConnectorStats,
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from kvortex.connector.host_events import HostEvents
     from kvortex.core import StepPlan
 
 logger = logging.getLogger(__name__)
@@ -74,6 +78,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._changes = Changes()
+        self._events: HostEvents | None = None
         reason = unsupported(vllm_config, kv_cache_config)
         if reason is None:
             self._geometry = geometry_of(vllm_config, kv_cache_config)
@@ -85,6 +90,9 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
                     self._geometry,
                     tells_failed_requests=KVConnectorTransferResults is not None,
                 )
+                told = vllm_config.kv_events_config
+                if told is not None and told.enable_kv_cache_events:
+                    self._events = self._scheduler.tell_events()
 
     # Both sides
 
@@ -215,6 +223,10 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         """Take in what the workers finished."""
         if self._scheduler is not None:
             self._scheduler.settle(connector_output)
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """What came to host memory and what left it, for routers; none unless vLLM tells events."""
+        return self._events.take() if self._events is not None else ()
 
     def request_finished(
         self, request: Request, block_ids: list[int]

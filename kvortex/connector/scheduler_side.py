@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvortex.connector.host_events import HostEvents
 from kvortex.connector.messages import ReportMessage
 from kvortex.connector.tracked_request import TrackedRequest
 from kvortex.core import Direction, StepPlan
@@ -72,6 +73,12 @@ class SchedulerSide:
         self._running = 0
         self._loading_tokens = 0.0
         self._awaited_tokens = 0.0
+
+    def tell_events(self) -> HostEvents:
+        """Collect from now on what becomes readable in host memory, and what no longer is."""
+        events = HostEvents(self._block_tokens)
+        self.offload.tier.index.on_change = events.note
+        return events
 
     def bind_gpu_block_pool(self, pool: BlockPool) -> None:
         """Before this nothing is stored."""
