@@ -22,6 +22,11 @@ class Reach:
     window: int | None = None
     chunk: int | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether every block before is needed, back to the first."""
+        return self.window is None and self.chunk is None
+
     def first_token(self, num_tokens: int) -> int:
         """The first of `num_tokens` tokens that whatever comes next looks at."""
         if self.window is not None:
@@ -49,9 +54,9 @@ def longest_prefix(
     """
     end = first + len(keys[0])
     for of_group, reach in zip(keys, reaches, strict=True):
-        if reach == Reach():
+        if reach.whole:
             end = min(end, first + _leading(readable, of_group))
-    windows = [pair for pair in zip(keys, reaches, strict=True) if pair[1] != Reach()]
+    windows = [pair for pair in zip(keys, reaches, strict=True) if not pair[1].whole]
     while end > first:
         for of_group, reach in windows:
             missing = _last_missing(readable, of_group, reach, first, end, block_tokens)

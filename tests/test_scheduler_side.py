@@ -225,3 +225,10 @@ def test_events_tell_what_came_and_what_left() -> None:
     assert sorted(removed.block_hashes) == sorted(hashes)
     assert removed.medium == "CPU"
     assert events.take() == []
+
+
+def test_each_block_follows_the_one_before() -> None:
+    tracked = side()._track(request(64))
+    keys = tracked.keys(0, 0, 4)
+    assert tracked.parents(0, 0, 4) == [None, *keys[:3]]
+    assert tracked.parents(0, 2, 4) == keys[1:3]

@@ -15,7 +15,7 @@ from kvortex.engine import slots_in_pool
 from kvortex.metrics import Gauges
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
-from kvortex.prefix_match import Reach, longest_prefix
+from kvortex.prefix_match import longest_prefix
 from kvortex.recorder import Recorder
 from kvortex.scheduler import OffloadScheduler
 from kvortex.step_clock import StepClock
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kvortex.config import KVortexConfig
     from kvortex.connector.geometry import Geometry
     from kvortex.core import BlockKey, Job
+    from kvortex.prefix_match import Reach
 
 FAILED_STATUS = "FINISHED_ERROR"
 
@@ -304,19 +305,19 @@ class SchedulerSide:
         tracked.considered = last
         if tracked.stale or self._pool is None:
             return
-        whole = Reach()
         for group, (reach, block_ids) in enumerate(
             zip(self._reaches, tracked.block_ids, strict=True)
         ):
             start = max(first, reach.first_token(before) // size)
             keys = tracked.keys(group, start, last)
-            rows = zip(range(start, last), keys, block_ids[start:last], strict=False)
-            for position, key, block_id in rows:
+            parents = tracked.parents(group, start, last) if reach.whole else [None] * len(keys)
+            places = range(start, last)
+            rows = zip(places, keys, parents, block_ids[start:last], strict=False)
+            for position, key, parent, block_id in rows:
                 if self._pool.blocks[block_id].is_null or not self.offload.wants(key):
                     continue
                 if self.offload.admits(key, Place(position, length)):
-                    before_it = tracked.keys(group, position - 1, position) if position else ()
-                    yield key, block_id, before_it[0] if before_it and reach == whole else None
+                    yield key, block_id, parent
 
     def _store(self, rows: list[tuple[BlockKey, int, BlockKey | None]]) -> None:
         unique = {row[0]: row for row in rows}  # two requests may have computed the same block

@@ -51,12 +51,20 @@ class TrackedRequest:
             known += [block_hash + suffix for block_hash in hashes[len(known) :]]
         return known[first:last]
 
+    def parents(self, group: int, first: int, last: int) -> list[BlockKey | None]:
+        """Of the same blocks, the key before each; the first of all has none."""
+        if first:
+            return [*self.keys(group, first - 1, last - 1)]
+        return [None, *self.keys(group, 0, last - 1)]
+
     def most_loaded(self, num_tokens: int) -> int:
         """How many leading tokens of so many may be loaded."""
-        limit = self.limits.max_load_tokens
-        return num_tokens if limit is None else min(limit, num_tokens)
+        return _at_most(self.limits.max_load_tokens, num_tokens)
 
     def most_stored(self, num_tokens: int) -> int:
         """How many leading tokens of so many may be stored."""
-        limit = self.limits.max_offload_tokens
-        return num_tokens if limit is None else min(limit, num_tokens)
+        return _at_most(self.limits.max_offload_tokens, num_tokens)
+
+
+def _at_most(limit: int | None, num_tokens: int) -> int:
+    return num_tokens if limit is None else min(limit, num_tokens)
