@@ -96,25 +96,19 @@ class Survivors:
     """Records that were torn, moved, or somebody else's."""
 
 
-@dataclass(frozen=True, slots=True)
 class RecordFormat:
-    """Packs and reads the records of one rank's cache."""
+    """Packs and reads the records of one rank's cache, named by its namespace's digest."""
 
-    digest: bytes
-    rank: int
-    slot_bytes: int
-
-    @property
-    def tag(self) -> bytes:
-        """What every record of this cache and rank carries."""
-        return blake2b(self.digest + self.rank.to_bytes(8, "little"), digest_size=8).digest()
+    def __init__(self, digest: bytes, rank: int, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        self._tag = blake2b(digest + rank.to_bytes(8, "little"), digest_size=8).digest()
 
     def pack(self, slot: int, record: Record) -> bytes:
         """The record as 128 bytes."""
         key = record.key
         fields = _FIELDS.pack(
             MAGIC,
-            self.tag,
+            self._tag,
             slot,
             record.generation,
             record.checksum,
@@ -125,25 +119,12 @@ class RecordFormat:
         )
         return fields + xxh3_64_intdigest(fields).to_bytes(8, "little")
 
-    def unpack(self, slot: int, packed: bytes | bytearray) -> Record | None:
-        """What was packed for this slot; None for anything else."""
-        fields = packed[: _FIELDS.size]
-        if packed[_FIELDS.size :] != xxh3_64_intdigest(fields).to_bytes(8, "little"):
-            return None
-        magic, tag, own, generation, checksum, written_at, size, key_bytes, key = _FIELDS.unpack(
-            fields
-        )
-        ours = (magic, tag, own, size) == (MAGIC, self.tag, slot, self.slot_bytes)
-        if not ours or not 1 <= key_bytes <= MAX_KEY_BYTES or generation >= _NEWEST:
-            return None
-        return Record(key[:key_bytes], generation, checksum, written_at)
-
     def read_table(self, packed: memoryview) -> Survivors:
         """The valid records of a whole table; a key in several slots counts in its newest."""
         table = np.frombuffer(packed, _TABLE)
         numbers = np.arange(len(table), dtype=np.uint64)
         plausible = table["magic"] == int.from_bytes(MAGIC, "little")
-        plausible &= table["tag"] == int.from_bytes(self.tag, "little")
+        plausible &= table["tag"] == int.from_bytes(self._tag, "little")
         plausible &= (table["slot"] == numbers) & (table["generation"] < _NEWEST)
         plausible &= table["slot_bytes"] == self.slot_bytes
         plausible &= (table["key_bytes"] >= 1) & (table["key_bytes"] <= MAX_KEY_BYTES)
@@ -158,6 +139,14 @@ class RecordFormat:
         end = start + RECORD_BYTES
         own = int.from_bytes(packed[end - 8 : end], "little")
         return xxh3_64_intdigest(packed[start : end - 8]) == own
+
+
+def peek(table: bytes | bytearray, slot: int) -> Record | None:
+    """The record of a slot, in a table in which every record is known to be valid or away."""
+    magic, _, _, generation, checksum, written_at, _, key_bytes, key = _FIELDS.unpack_from(
+        table, slot * RECORD_BYTES
+    )
+    return Record(key[:key_bytes], generation, checksum, written_at) if magic == MAGIC else None
 
 
 def _newest(table: npt.NDArray[np.void], slots: BlockIds, invalid: int) -> Survivors:

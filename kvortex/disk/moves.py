@@ -104,7 +104,7 @@ class Moves:
         return Status.DONE if ours else Status.CORRUPT
 
     def _host_block(self, job: DiskJob, position: int) -> memoryview:
-        size = self._files.format.slot_bytes
+        size = self._files.slot_bytes
         start = job.host_slots[position] * size
         return self._memory[start : start + size]
 

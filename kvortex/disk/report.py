@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from kvortex.disk.slots import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+_COUNTED_AS = {
+    Status.CORRUPT: "corrupt_blocks",
+    Status.STALE: "stale_blocks",
+    Status.LATE: "slow_blocks",
+    Status.REFUSED: "refused_blocks",
+}
 
 
 @dataclass(slots=True)
@@ -30,6 +43,21 @@ class DiskCounters:
     """How often reading or writing was switched off after errors."""
     removed_namespaces: int = 0
     """Caches of other models that were removed at start."""
+
+    def count_move(self, *, is_read: bool, blocks: int, slot_bytes: int) -> None:
+        """Blocks that arrived."""
+        if is_read:
+            self.read_blocks += blocks
+            self.read_bytes += blocks * slot_bytes
+        else:
+            self.written_blocks += blocks
+            self.written_bytes += blocks * slot_bytes
+
+    def count_failures(self, statuses: Collection[Status], *, is_read: bool) -> None:
+        """Blocks that did not."""
+        for status in statuses:
+            name = _COUNTED_AS.get(status) or ("failed_reads" if is_read else "failed_writes")
+            setattr(self, name, getattr(self, name) + 1)
 
     def as_dict(self) -> dict[str, int]:
         """Name to number."""

@@ -25,13 +25,14 @@ from kvortex.disk.format import (
     combine,
     digest_pieces,
     num_pieces,
+    peek,
     stride,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvortex.core import BlockKey
+    from kvortex.core import BlockIds, BlockKey
     from kvortex.disk.format import Digests, RecordFormat, Survivors
 
     OpenFile = Callable[..., DiskFile]
@@ -76,7 +77,8 @@ class SlotFiles:
         num_slots: int,
         open_file: OpenFile = DiskFile,
     ) -> None:
-        self.format = record_format
+        self.slot_bytes = record_format.slot_bytes
+        self._format = record_format
         self.stride = stride(record_format.slot_bytes)
         self._records = open_file(folder, RECORDS)
         try:
@@ -87,7 +89,8 @@ class SlotFiles:
         try:
             self.preallocated = self._slots.allocate(num_slots * self.stride)
             self._table = self._read_table(num_slots)
-            self.survivors: Survivors = self.format.read_table(memoryview(self._table))
+            self.survivors: Survivors = record_format.read_table(memoryview(self._table))
+            self._forget_all_but(self.survivors.slots)
         except BaseException:
             self.close()
             raise
@@ -101,8 +104,7 @@ class SlotFiles:
 
     def record(self, slot: int) -> Record | None:
         """Whose bytes a slot holds."""
-        start = slot * RECORD_BYTES
-        return self.format.unpack(slot, self._table[start : start + RECORD_BYTES])
+        return peek(self._table, slot)
 
     def write(self, slot: int, key: BlockKey, generation: int, block: memoryview) -> None:
         """Keep a block.
@@ -115,7 +117,7 @@ class SlotFiles:
         digest_pieces(block, digests, 0, len(digests))
         self._slots.write(self._padded(block), slot * self.stride)
         record = Record(key, generation, combine(digests), int(time.time()))
-        self._put(slot, self.format.pack(slot, record))
+        self._put(slot, self._format.pack(slot, record))
 
     def read(self, slot: int, block: memoryview, digests: Digests, first: int, end: int) -> None:
         """Fill pieces `first` to `end` of a block, with their checksums, unverified.
@@ -168,6 +170,12 @@ class SlotFiles:
         self._records.read(memoryview(table)[:there], 0)
         self._records.allocate(len(table))
         return table
+
+    def _forget_all_but(self, slots: BlockIds) -> None:
+        rows = np.frombuffer(self._table, np.uint8).reshape(-1, RECORD_BYTES)
+        away = np.ones(len(rows), bool)
+        away[slots] = False
+        rows[away] = 0
 
     def _put(self, slot: int, packed: bytes) -> None:
         self._records.write(packed, slot * RECORD_BYTES)

@@ -130,8 +130,9 @@ class DiskStore:
         self._answered = Bell()
         self._closing = Event()
         moves = Moves(self._files, self._memory, self._jobs, self._closing)
-        self._readers = self._lanes("kvortex-disk-read", options.readers, moves.read)
-        self._writers = self._lanes("kvortex-disk-write", options.writers, moves.write)
+        self._readers = self._start_lanes("kvortex-disk-read", options.readers, moves.read)
+        self._writers = self._start_lanes("kvortex-disk-write", options.writers, moves.write)
+        self._lanes = (*self._readers, *self._writers)
 
     @property
     def survivors(self) -> Survivors:
@@ -190,12 +191,15 @@ class DiskStore:
             for position in range(count):
                 job.refuse(position, Status.REFUSED)
         else:
-            rows = np.empty((count * parts, ROW), np.int64)
-            rows[:, 0] = job_id
-            rows[:, 1] = np.repeat(np.arange(count), parts)
-            rows[:, 2] = np.tile(np.arange(parts), count)
-            rows[:, 3] = parts
-            rows[:, 4] = microseconds(deadline)
+            until = microseconds(deadline)
+            rows = np.array(
+                [
+                    (job_id, position, part, parts, until)
+                    for position in range(count)
+                    for part in range(parts)
+                ],
+                np.int64,
+            ).reshape(-1, ROW)
             lanes = sorted(self._readers, key=lambda lane: lane.under_way)
             for number, lane in enumerate(lanes[: len(rows)]):
                 self._push(job, lane, rows[number :: len(lanes)])
@@ -210,7 +214,7 @@ class DiskStore:
 
     def poll(self) -> DiskReport:
         """What became of jobs since the last call. After `close`, every job has ended."""
-        for lane in (*self._readers, *self._writers):
+        for lane in self._lanes:
             for row in lane.answers():
                 self._settle(*row)
         if self._closing.is_set():
@@ -229,11 +233,12 @@ class DiskStore:
         if self._closing.is_set():
             return
         self._closing.set()
-        lanes = (*self._readers, *self._writers)
-        for lane in lanes:
+        for lane in self._lanes:
             lane.wake()
         deadline = time.monotonic() + CLOSE_S
-        stuck = [lane for lane in lanes if not lane.join(max(0.0, deadline - time.monotonic()))]
+        stuck = [
+            lane for lane in self._lanes if not lane.join(max(0.0, deadline - time.monotonic()))
+        ]
         if stuck:  # they still use the files, and memory of the pool
             logger.warning("Disk cache: the drive has not answered; left to itself.")
             return
@@ -280,7 +285,9 @@ class DiskStore:
         self.counters.stale_blocks = len(self._files.survivors.stale)
         self._unerased.update(self._files.survivors.stale.tolist())
 
-    def _lanes(self, name: str, count: int, work: Callable[[list[int]], Status]) -> list[Lane]:
+    def _start_lanes(
+        self, name: str, count: int, work: Callable[[list[int]], Status]
+    ) -> list[Lane]:
         return [
             Lane(f"{name}-{number}", ROW, work, self._answered, self._closing)
             for number in range(count)
@@ -329,29 +336,13 @@ class DiskStore:
         if any(left > 0 for left in job.parts_left):
             return
         del self._jobs[job.id]
-        self._count(job)
-        self.erase(
-            job.disk_slots[position]
-            for position, status in job.failed.items()
-            if status is Status.CORRUPT
-        )
+        moved, is_read = len(job.keys) - len(job.failed), bool(job.reads)
+        self.counters.count_move(is_read=is_read, blocks=moved, slot_bytes=self.slot_bytes)
         self._ended[job.id] = frozenset(job.failed)
-
-    def _count(self, job: DiskJob) -> None:
-        counters, moved = self.counters, len(job.keys) - len(job.failed)
-        statuses = list(job.failed.values())
-        counters.corrupt_blocks += statuses.count(Status.CORRUPT)
-        counters.stale_blocks += statuses.count(Status.STALE)
-        counters.refused_blocks += statuses.count(Status.REFUSED)
-        counters.slow_blocks += statuses.count(Status.LATE)
-        if job.reads:
-            counters.read_blocks += moved
-            counters.read_bytes += moved * self.slot_bytes
-            counters.failed_reads += statuses.count(Status.ERROR)
-        else:
-            counters.written_blocks += moved
-            counters.written_bytes += moved * self.slot_bytes
-            counters.failed_writes += statuses.count(Status.ERROR)
+        if job.failed:
+            self.counters.count_failures(job.failed.values(), is_read=is_read)
+            corrupt = [at for at, status in job.failed.items() if status is Status.CORRUPT]
+            self.erase(job.disk_slots[position] for position in corrupt)
 
     def _newly_late(self, now: float) -> frozenset[int]:
         """Reads that passed their deadline; a drive that lets any job wait so long is failing."""
