@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from kvortex.core import ConfigError
@@ -60,6 +60,30 @@ class KVortexConfig(BaseModel):
         "holds salted hashes, no prompts.",
     )
 
+    disk_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder on a local drive for blocks that leave host RAM.",
+    )
+    disk_pool_gb: float | None = Field(
+        default=None,
+        gt=0,
+        le=1 << 20,
+        description="Disk for KV blocks, in GiB, shared by the ranks of one engine.",
+    )
+    disk_max_write_mb_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=1 << 20,
+        description="Most that is written to the disk, in MB/s, all ranks together; flash wears.",
+    )
+    disk_read_deadline_ms: int = Field(
+        default=1000,
+        ge=1,
+        le=600_000,
+        description="A block that the disk has not delivered after so long is computed.",
+    )
+
     def __init__(self, /, **settings: Any) -> None:  # noqa: ANN401  (pydantic's own signature)
         try:
             super().__init__(**settings)
@@ -71,12 +95,32 @@ class KVortexConfig(BaseModel):
         """Read vLLM's `kv_connector_extra_config`."""
         return cls(**{str(key): value for key, value in (extra or {}).items()})
 
-    @field_validator("ram_pool_gb", "num_cuda_streams", "min_load_tokens", mode="before")
+    @field_validator(
+        "ram_pool_gb",
+        "num_cuda_streams",
+        "min_load_tokens",
+        "disk_pool_gb",
+        "disk_max_write_mb_s",
+        "disk_read_deadline_ms",
+        mode="before",
+    )
     @classmethod
     def _is_no_truth_value(cls, value: object) -> object:
         if isinstance(value, bool):
             raise PydanticCustomError("number_type", "Input should be a number")
         return value
+
+    @model_validator(mode="after")
+    def _disk_is_whole(self) -> Self:
+        if self.disk_path is not None and self.disk_pool_gb is None:
+            raise ConfigError(
+                f"disk_path={self.disk_path!r}: how much of it may be used? set disk_pool_gb too"
+            )
+        for name in ("disk_pool_gb", "disk_max_write_mb_s", "disk_read_deadline_ms"):
+            default = type(self).model_fields[name].default
+            if self.disk_path is None and getattr(self, name) != default:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: where? set disk_path too")
+        return self
 
     @property
     def ram_pool_bytes(self) -> int:
@@ -101,6 +145,8 @@ class KVortexConfig(BaseModel):
 def _one_line(error: ValidationError) -> str:
     """The first problem as `key=value: reason`, and what would do."""
     problem = error.errors()[0]
+    if not problem["loc"]:  # settings that do not go together; the message is our own
+        return str(problem["ctx"]["error"])
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         shown = key if key.isidentifier() else repr(key)

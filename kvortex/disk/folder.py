@@ -50,7 +50,7 @@ class RankFolder:
         self.path = root / namespace.hex() / f"rank-{rank}"
         with ExitStack() as stack:
             root_fd = stack.enter_context(_made_root(root))
-            with _held(root_fd, ROOT_LOCK):  # nobody removes what we are making
+            with held(root_fd, ROOT_LOCK):  # nobody removes what we are making
                 above = stack.enter_context(_made_folder(root_fd, namespace.hex()))
                 self.fd = stack.enter_context(_made_folder(above, self.path.name))
                 stack.enter_context(self._held_alone())
@@ -79,7 +79,7 @@ class RankFolder:
     def _held_alone(self) -> Iterator[None]:
         with ExitStack() as stack:
             try:
-                lock = stack.enter_context(_held(self.fd, LOCK, wait=False))
+                lock = stack.enter_context(held(self.fd, LOCK, wait=False))
             except BlockingIOError:
                 holder = _text(self.fd, LOCK, 32).strip() or "unknown"
                 raise ConfigError(
@@ -130,7 +130,7 @@ def read_about(rank: int) -> dict[str, Any]:
 def is_held(rank: int) -> bool:
     """Whether a server has an open rank's folder in use."""
     try:
-        with _held(rank, LOCK, wait=False, create=False):
+        with held(rank, LOCK, wait=False, create=False):
             return False
     except BlockingIOError:
         return True
@@ -174,7 +174,7 @@ def _made_folder(above: int, name: str) -> Iterator[int]:
 
 
 @contextmanager
-def _held(folder: int, name: str, *, wait: bool = True, create: bool = True) -> Iterator[int]:
+def held(folder: int, name: str, *, wait: bool = True, create: bool = True) -> Iterator[int]:
     """A locked file; BlockingIOError where another process has it and `wait` is off."""
     fd = open_own(folder, name, create=create)
     try:
@@ -191,7 +191,7 @@ def _removed(root: int, name: str) -> bool:
             found = ranks(namespace)
             folders = [stack.enter_context(opened_folder(rank, namespace)) for rank in found]
             for folder in folders:
-                stack.enter_context(_held(folder, LOCK, wait=False))
+                stack.enter_context(held(folder, LOCK, wait=False))
             for rank, folder in zip(found, folders, strict=True):
                 for own in OWN_NAMES:
                     with contextlib.suppress(FileNotFoundError):
