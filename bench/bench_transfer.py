@@ -224,9 +224,15 @@ def as_calibrated(report: Report, memcpy: dict[str, float], machine_: Rig, page:
 
     speed = machine_.nbytes / median_seconds(both)
     report.add("bandwidth", CHOSEN, "both", page, speed / 1e9, "GB/s", speed / memcpy["both"])
-    whole = until_done(partial(engine.copy, LOAD, ids, slots))
     layers = until_done(lambda: engine.load_layers(ids, slots)[-1])
-    report.add("layers against whole", CHOSEN, "load", page, whole / layers, "ratio")
+    lane = machine_.lane(LOAD, ZERO_COPY, 8)
+    launches: dict[str, Callable[[], Ticket]] = {
+        CHOSEN: partial(engine.copy, LOAD, ids, slots),
+        f"{CHOSEN} {ZERO_COPY}": partial(machine_.start, lane),
+    }
+    for path, launch in launches.items():
+        ratio = until_done(launch) / layers
+        report.add("layers against whole", path, "load", page, ratio, "ratio")
     check_bytes(machine_, engine)
     engine.close()
 
@@ -244,6 +250,20 @@ def check_bytes(machine_: Rig, engine: CudaCopyEngine) -> None:
         kv.fill_(0xDD)
     engine.copy(LOAD, ids, slots).wait()
     assert all(torch.equal(kv, before[name]) for name, kv in machine_.kv_caches.items())
+
+
+def programs(report: Report, memcpy: dict[str, float], device: torch.device) -> None:
+    """How much of the link zero-copy fills with how large a grid."""
+    for page in (4 << 10, 16 << 10, 64 << 10):
+        with rig(device, page, GIB // 2) as machine_:
+            for way in Direction:
+                for grid in (1, 2, 4, 8, 16, 32):
+                    lane = machine_.lane(way, ZERO_COPY, grid)
+                    speed = machine_.nbytes / median_seconds(partial(machine_.start, lane), 3)
+                    report.add(
+                        f"bandwidth, {grid} programs", f"{CHOSEN} {ZERO_COPY}", way.value, page,
+                        speed / 1e9, "GB/s", speed / memcpy[way.value],
+                    )  # fmt: skip
 
 
 def host_costs(report: Report, device: torch.device) -> None:
@@ -312,6 +332,11 @@ def gpu_costs(report: Report, device: torch.device) -> None:
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     big = torch.empty(GIB, dtype=torch.uint8, device=device)
     work = {"8192^3 bf16 matmul": lambda: a @ a, "memory-bound add": lambda: big.add_(1)}
+    plain = Memcpy(device)
+    for name, kernel in work.items():
+        slower = 100 * (beside(kernel, partial(plain.start, STORE)) - 1)
+        report.add(f"slow-down {name}", "memcpy", "store", GIB, slower, "%")
+    del plain
     for page in (16 << 10, 64 << 10):
         with rig(device, page, GIB) as machine_:
             engine = CudaCopyEngine(machine_.layout, machine_.pool, 4)
@@ -419,6 +444,7 @@ def main() -> None:
     host_costs(report, device)
     for page in args.pages:
         bandwidth(report, memcpy, device, page)
+    programs(report, memcpy, device)
     gpu_costs(report, device)
     rows = [report.facts | row for row in report.rows]
     for row in rows:
