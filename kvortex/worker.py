@@ -55,10 +55,7 @@ class Worker:
         self._step: int | None = None
         self._unwaited_layers = 0
         self._logged = False
-        self._to_tell: tuple[int | None, float | None] = (
-            copy_engine.pool.num_slots,
-            copy_engine.load_bytes_per_s,
-        )
+        self._num_slots: int | None = copy_engine.pool.num_slots
 
     def begin(self, plan: StepPlan, hooked_layers: Collection[str] = ()) -> None:
         """Start the loads; the current stream waits for those that belong to no `request_id`.
@@ -110,12 +107,14 @@ class Worker:
         report = StepReport(
             self._finished,
             frozenset(self._failed),
-            *self._to_tell,
+            self._num_slots,
+            self._copy_engine.bytes_per_s(Direction.LOAD),
+            self._copy_engine.bytes_per_s(Direction.STORE),
             self._layered_loads,
             self._step,
             self._unwaited_layers,
         )
-        self._finished, self._failed, self._to_tell = {}, set(), (None, None)
+        self._finished, self._failed, self._num_slots = {}, set(), None
         self._layered_loads = self._unwaited_layers = 0
         self._step = None
         return report
