@@ -148,14 +148,16 @@ class StepReport:
     """What workers finished since their last report.
 
     `finished` counts, per job, the ranks that are done with it; `failed` names the jobs that
-    failed on at least one of them. `num_slots` is the smallest number of slots in their pools and
-    `load_bytes_per_s` the slowest link; a worker tells them once, in its first report.
+    failed on at least one of them. `num_slots` is the smallest number of slots in their pools; a
+    worker tells it once, in its first report. The speeds, of the slowest link, are in every report
+    once they are known: the slowest of those that happen to report would not be the slowest.
     """
 
     finished: dict[int, int] = field(default_factory=dict)
     failed: frozenset[int] = frozenset()
     num_slots: int | None = None
     load_bytes_per_s: float | None = None
+    store_bytes_per_s: float | None = None
     layered_loads: int = 0
     """Steps whose loads each layer waited for by itself."""
     step: int | None = None
@@ -174,6 +176,7 @@ class StepReport:
             self.failed | other.failed,
             _least(self.num_slots, other.num_slots),
             _least(self.load_bytes_per_s, other.load_bytes_per_s),
+            _least(self.store_bytes_per_s, other.store_bytes_per_s),
             max(self.layered_loads, other.layered_loads),
             _least(self.step, other.step),
             self.unwaited_layers + other.unwaited_layers,

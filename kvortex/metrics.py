@@ -65,13 +65,17 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """As things stand. Speeds are measured ones, 0 before there is a measure."""
+    """As things stand. Speeds are measured ones, 0 before there is a measure.
+
+    Those of transfers are of large ones of late, on the slowest rank, whatever ran beside them.
+    """
 
     slots: int = 0
     resident_slots: int = 0
     transfers_under_way: int = 0
     prefill_tokens_per_second: float = 0.0
     load_bytes_per_second: float = 0.0
+    store_bytes_per_second: float = 0.0
     disk_slots: int = 0
     disk_resident_slots: int = 0
     disk_read_bytes_per_second: float = 0.0

@@ -54,6 +54,13 @@ def filled(keeper: SchedulerSide, asked: Any) -> SchedulerSide:
     return keeper
 
 
+def told(report: StepReport) -> Any:
+    """As vLLM passes on what workers report."""
+    from kvortex.connector.messages import ReportMessage
+
+    return SimpleNamespace(invalid_block_ids=set(), kv_connector_worker_meta=ReportMessage(report))
+
+
 def test_whole_blocks_and_a_token_left() -> None:
     assert filled(side(), request(160)).match(request(160), 0) == (144, False)
     assert filled(side(), request(161)).match(request(161), 32) == (128, False)
@@ -80,6 +87,18 @@ def test_a_hit_is_loaded_where_that_is_faster() -> None:
         keeper = filled(side(load=load), asked)
         keeper.costs.prefill_tokens_per_s, keeper.costs.load_bytes_per_s = 10_000, link
         assert keeper.match(asked, 0)[0] == loaded
+
+
+def test_the_decision_follows_the_link_in_use() -> None:
+    asked = request(1600)
+    keeper = filled(side(), asked)
+    keeper.costs.prefill_tokens_per_s = 10_000
+    for link, loaded in ((1e12, 1584), (1e6, 0), (None, 0), (1e12, 1584)):
+        report = StepReport(load_bytes_per_s=link, store_bytes_per_s=link and 2 * link)
+        keeper.settle(told(report))
+        assert keeper.match(asked, 0)[0] == loaded
+    assert keeper.gauges.load_bytes_per_second == 1e12
+    assert keeper.gauges.store_bytes_per_second == 2e12
 
 
 def test_a_long_load_waits_apart_only_beside_others() -> None:

@@ -74,6 +74,7 @@ class SchedulerSide:
         self._running = 0
         self._loading_tokens = 0.0
         self._awaited_tokens = 0.0
+        self._store_bytes_per_s: float | None = None
 
     def tell_events(self) -> HostEvents:
         """Collect from now on what becomes readable in host memory, and what no longer is."""
@@ -100,6 +101,7 @@ class SchedulerSide:
             transfers_under_way=self.offload.num_pending,
             prefill_tokens_per_second=self.costs.prefill_tokens_per_s or 0.0,
             load_bytes_per_second=self.costs.load_bytes_per_s or 0.0,
+            store_bytes_per_second=self._store_bytes_per_s or 0.0,
         )
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
@@ -178,6 +180,8 @@ class SchedulerSide:
             self.costs.observe_step(*self._clock.end(message.report.step))
         if message.report.load_bytes_per_s is not None:
             self.costs.load_bytes_per_s = message.report.load_bytes_per_s
+        if message.report.store_bytes_per_s is not None:
+            self._store_bytes_per_s = message.report.store_bytes_per_s
         for flight in self.offload.settle(message.report):
             if flight.direction is Direction.STORE:
                 self._release(flight.job.id)
