@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, KeysView, Mapping
 
     from kvortex.core import BlockKey
-__all__ = ["Block", "Index", "State"]
 
 
 class Index:

@@ -19,8 +19,8 @@ from kvortex.overflow import Overflow
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvortex.block import Block
     from kvortex.core import BlockKey
-    from kvortex.index import Block
     from kvortex.policies import Place
     from kvortex.tiers import HostTier
 

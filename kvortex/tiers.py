@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvortex.block import Block, State
 from kvortex.guarded_policy import GuardedPolicy
-from kvortex.index import Block, Index, State
+from kvortex.index import Index
 from kvortex.policies import Always
 
 if TYPE_CHECKING:

@@ -48,12 +48,13 @@ class SchedulerSide:
     Args:
         config: of the connector.
         geometry: of the KV cache.
-        tells_failed_requests: whether this vLLM can be told that an asynchronous load failed.
+
+    Raises:
+        ConfigError: a pool without a slot, a policy that is not installed, a trace that cannot be
+            written.
     """
 
-    def __init__(
-        self, config: KVortexConfig, geometry: Geometry, *, tells_failed_requests: bool
-    ) -> None:
+    def __init__(self, config: KVortexConfig, geometry: Geometry) -> None:
         num_slots = slots_in_pool(config, geometry.slot_bytes, geometry.num_ranks)
         tier = HostTier(
             num_slots,
@@ -64,7 +65,7 @@ class SchedulerSide:
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
         self._config = config
         self._reaches = geometry.reaches
-        self._always_apart = tells_failed_requests and not geometry.recomputes_from_any_block
+        self._always_apart = not geometry.names_failed_blocks
         self._block_tokens = geometry.block_tokens
         self._pool: BlockPool | None = None
         self._tracked: dict[str, TrackedRequest] = {}
