@@ -14,6 +14,27 @@ CONNECTOR_NAME = "KVortexConnector"
 CONNECTOR_MODULE = "kvortex.connector"
 LIMITS = {"gt": "more than", "ge": "at least", "le": "at most"}
 
+NOT_ITS_BLOCKS = "leave it out, KVortex moves vLLM's own blocks"
+FROM_ELSEWHERE = {
+    # vLLM's OffloadingConnector and SimpleCPUOffloadConnector
+    "cpu_bytes_to_use": "write ram_pool_gb={gib}",
+    "cpu_bytes_to_use_per_rank": "write ram_pool_gb={gib} times the number of ranks",
+    "num_cpu_blocks": "write ram_pool_gb=<GiB for all blocks>",
+    "store_threshold": 'write admission="second_sight" for 2 and more, else "always"',
+    "lazy_offload": "leave it out, blocks are stored as they fill",
+    "offload_prompt_only": "leave it out, answers are stored, too; a request may be limited",
+    "block_size": NOT_ITS_BLOCKS,
+    "blocks_per_chunk": NOT_ITS_BLOCKS,
+    "cache_policy_module_path": "write eviction_policy=<name of an installed policy>",
+    # LMCache
+    "max_local_cpu_size": "write ram_pool_gb={value!r} times the number of ranks",
+    "local_cpu": "leave it out, host memory is always used",
+    "chunk_size": NOT_ITS_BLOCKS,
+    "cache_policy": "write eviction_policy=<its name in lower case>",
+    "use_layerwise": "leave it out, layers are loaded one by one where that is faster",
+}
+"""What becomes of other connectors' settings, for those who come from there."""
+
 
 class KVortexConfig(BaseModel):
     """Settings of an engine or a vLLM connector.
@@ -147,10 +168,10 @@ def _one_line(error: ValidationError) -> str:
     problem = error.errors()[0]
     if not problem["loc"]:  # settings that do not go together; the message is our own
         return str(problem["ctx"]["error"])
-    key = ".".join(str(part) for part in problem["loc"])
+    key, value = ".".join(str(part) for part in problem["loc"]), problem["input"]
     if problem["type"] == "extra_forbidden":
         shown = key if key.isidentifier() else repr(key)
-        return f"unknown setting {shown}={problem['input']!r}: {_known_settings()}"
+        return f"unknown setting {shown}={value!r}: {_what_instead(key, value)}"
     described = KVortexConfig.model_fields[key]
     reason = problem["msg"][0].lower() + problem["msg"][1:]
     limits = ", ".join(
@@ -160,8 +181,13 @@ def _one_line(error: ValidationError) -> str:
         if hasattr(limit, name)
     )
     allowed = f"{limits}; default" if limits else "default"
-    return f"{key}={problem['input']!r}: {reason} ({allowed} {described.default!r})"
+    return f"{key}={value!r}: {reason} ({allowed} {described.default!r})"
 
 
-def _known_settings() -> str:
-    return "the settings are " + ", ".join(KVortexConfig.model_fields)
+def _what_instead(key: str, value: object) -> str:
+    """Of a setting that KVortex does not know."""
+    hint = FROM_ELSEWHERE.get(key.removeprefix("lmcache."))
+    if hint is None:
+        return "the settings are " + ", ".join(KVortexConfig.model_fields)
+    gib = f"{value / GIB:.6g}" if isinstance(value, int | float) else "<GiB>"
+    return hint.format(value=value, gib=gib)
