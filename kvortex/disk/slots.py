@@ -106,6 +106,12 @@ class SlotFiles:
         """Whose bytes a slot holds."""
         return peek(self._table, slot)
 
+    def held(self) -> list[int]:
+        """The slots that hold a block."""
+        rows = np.frombuffer(self._table, np.uint8).reshape(-1, RECORD_BYTES)
+        held: list[int] = np.flatnonzero(rows[:, 0]).tolist()
+        return held
+
     def write(self, slot: int, key: BlockKey, generation: int, block: memoryview) -> None:
         """Keep a block.
 

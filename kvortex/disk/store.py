@@ -7,6 +7,7 @@ rings; lanes, which are threads, do all reading, writing, waiting and checking.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import time
@@ -211,6 +212,11 @@ class DiskStore:
             self._files.forget(slot)
             self._unerased.add(slot)
         self._push_erases()
+
+    def clear(self) -> None:
+        """Have everything forgotten, also what is being written now."""
+        written = (job.disk_slots for job in self._jobs.values() if not job.reads)
+        self.erase({*self._files.held(), *itertools.chain.from_iterable(written)})
 
     def poll(self) -> DiskReport:
         """What became of jobs since the last call. After `close`, every job has ended."""
