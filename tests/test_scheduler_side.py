@@ -106,7 +106,7 @@ def test_a_long_load_waits_apart_only_beside_others() -> None:
     keeper = filled(side(), asked)
     keeper.costs.load_bytes_per_s = 50e9  # 1 GB: 20 ms
     assert keeper.match(asked, 0) == (15_984, False)
-    keeper._running = 1
+    keeper._loads.running = 1
     assert keeper.match(asked, 0) == (15_984, True)
     assert keeper.match(asked, 15_200) == (784, False)  # 1 ms
 

@@ -308,7 +308,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(request.is_finished() for request in self.requests)
         assert self.connector.has_pending_push_work() is self.offload.pending is False
         side = self.connector._scheduler
-        assert not any([side._tracked, side._held, side._loading_tokens, self.arrivals])
+        assert not any([side._tracked, side._held, side._loads._under_way, self.arrivals])
         assert self.index.reserved == 0
         if self.stepped:
             assert self.index.num_slots == len(self.ranks[-1].host)
