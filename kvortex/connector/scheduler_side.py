@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvortex.connector.bad_blocks import BadBlocks
 from kvortex.connector.host_events import HostEvents
 from kvortex.connector.load_planner import LoadPlanner
 from kvortex.connector.messages import ReportMessage
@@ -70,6 +71,7 @@ class SchedulerSide:
         self._held: dict[int, list[KVCacheBlock]] = {}
         self._clock = StepClock()
         self._recorder = _open_recorder(config, geometry)
+        self._bad = BadBlocks(geometry.block_tokens)
         self._store_bytes_per_s: float | None = None
 
     def tell_events(self) -> HostEvents:
@@ -131,12 +133,10 @@ class SchedulerSide:
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """Plan to store every block that this step completes."""
-        rows = [
-            row
-            for tracked, before, after in self._advance(output)
-            for row in self._completed(tracked, before, after)
-        ]
-        self._store(rows)
+        steps = list(self._advance(output))
+        if self._bad:
+            self._report_again(steps)
+        self._store([row for step in steps for row in self._completed(*step)])
         num_tokens = output.total_num_scheduled_tokens
         self._loads.running = len(output.num_scheduled_tokens)
         awaited = self._loads.take_awaited()
@@ -156,6 +156,8 @@ class SchedulerSide:
         """Take in the workers' report of a step."""
         if output.invalid_block_ids:  # maybe of another connector's load, beside this one
             self.offload.discard_stores()
+            self._bad.add(output.invalid_block_ids)
+            self._take_from_gpu_cache(output.invalid_block_ids)
             self._compute_again()
         message = output.kv_connector_worker_meta
         if not isinstance(message, ReportMessage):
@@ -198,10 +200,35 @@ class SchedulerSide:
     def _load(self, tracked: TrackedRequest, num_tokens: int) -> None:
         """Plan to fill what every group needs of the tokens after the first missing block."""
         keys, block_ids = self._loads.blocks(tracked, num_tokens)
+        self._bad.discard(block_ids)
         request_id = tracked.request.request_id if tracked.apart else None
         job = self.offload.load(keys, block_ids, request_id)
         if job is not None:
             self._loads.began(job)
+
+    def _take_from_gpu_cache(self, bad: set[int]) -> None:
+        """Let nobody else find blocks that failed to load, or what was computed from them.
+
+        vLLM leaves them under their hashes, as they are to be computed again; until they are, or
+        where that is cut short, others would compute from wrong bytes.
+        """
+        if self._pool is None:
+            return
+        spoilt = set(bad)
+        for tracked in self._tracked.values():
+            for ids in tracked.block_ids:
+                first = next((n for n, block_id in enumerate(ids) if block_id in bad), len(ids))
+                spoilt.update(ids[first:])
+        self._pool.evict_blocks(spoilt)
+
+    def _report_again(self, steps: list[tuple[TrackedRequest, int, int]]) -> None:
+        """Have vLLM hear once more of bad blocks that this step reads; what it computes is void."""
+        for tracked, before, after in steps:
+            for ids in tracked.block_ids:
+                self._bad.compute(tracked.request.request_id, ids, before, after)
+        for tracked, before, _ in steps:
+            for ids in tracked.block_ids:
+                self.offload.lose(self._bad.read(tracked.request.request_id, ids, before))
 
     def _compute_again(self) -> None:
         """A load failed: what vLLM computes once more is to be stored like new, and only that."""
