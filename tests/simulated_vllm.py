@@ -262,14 +262,12 @@ class SimulatedModel:
     """Runs a step on all ranks: reads every earlier token of a request and writes the new ones.
 
     What is not spoilt has to be right. `read_spoilt` are the requests that computed from spoilt
-    blocks in the last step; `polluted` tells whether one ever did so after the very step in which a
-    load failed, which only vLLM could have prevented.
+    blocks in the last step: vLLM has to be told in that very step of the first of these blocks.
     """
 
     def __init__(self, ranks: list[SimulatedRank]) -> None:
         self.epoch = 0
         self.read_spoilt: set[str] = set()
-        self.polluted = False
         self._ranks = ranks
         self._tables: dict[str, list[int]] = {}
         self._prompts: dict[str, list[int]] = {}
@@ -280,8 +278,10 @@ class SimulatedModel:
         self.read_spoilt = {row.request_id for row in rows if self._begins_in_spoilt(row)}
         for row in rows:
             self._write(row)
-        read = {block for row in rows for block in self._spoilt_blocks(row)}
-        self.polluted |= bool(self.read_spoilt) or not read <= bad_blocks
+        for row in rows:
+            read = self._spoilt_blocks(row)
+            assert read or row.request_id not in self.read_spoilt
+            assert bad_blocks.issuperset(read[:1]), "vLLM does not know that this is void"
         while spoilt := [row for row in rows if self._newly_spoilt(row)]:
             for row in spoilt:
                 self.read_spoilt.add(row.request_id)

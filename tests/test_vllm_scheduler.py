@@ -22,7 +22,6 @@ from hypothesis.stateful import (
 from simulated_vllm import (
     BLOCK,
     PAGE_BYTES,
-    SPOILT,
     SimulatedModel,
     SimulatedRank,
     continued,
@@ -251,8 +250,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
         lengths = {name: self.named(name).num_tokens for name in self.model.read_spoilt}
         self.scheduler.update_from_output(output, result)
-        if not self.model.polluted:
-            assert lengths == {name: self.named(name).num_tokens for name in lengths}
+        assert lengths == {name: self.named(name).num_tokens for name in lengths}
 
     def loads_apart(self) -> bool:
         """Whether blocks are filled for a request that does not run, maybe aborted since."""
@@ -275,8 +273,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for block in self.index:
             expected = (self.model.epoch, *self.prefixes[block.key])
             for rank in self.ranks:
-                held = rank.host[block.slot]
-                assert held == expected or (self.model.polluted and held == SPOILT)
+                assert rank.host[block.slot] == expected
 
     @invariant()
     def slots_are_conserved(self) -> None:
@@ -308,7 +305,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(request.is_finished() for request in self.requests)
         assert self.connector.has_pending_push_work() is self.offload.pending is False
         side = self.connector._scheduler
-        assert not any([side._tracked, side._held, side._loading_tokens, self.arrivals])
+        assert not any([side._tracked, side._held, side._loads._under_way, self.arrivals])
         assert self.index.reserved == 0
         if self.stepped:
             assert self.index.num_slots == len(self.ranks[-1].host)
@@ -320,11 +317,33 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def count(self) -> None:
         self.seen["preempted"] += sum(request.num_preemptions for request in self.requests)
-        self.seen["polluted"] += self.model.polluted
         self.seen["evictions"] += self.offload.tier.evictions
         self.seen.update(
             {name: n for name, n in self.offload.counters.as_dict().items() if isinstance(n, int)}
         )
+
+
+def machine_over(
+    folder: Path, num_ranks: int, seen: Counter[str], *, overlap: bool, loads_fail: bool
+) -> type[SchedulerMachine]:
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+    hash_function = get_hash_fn_by_name("sha256")
+    init_none_hash(hash_function)
+    members = {
+        "config": vllm_config(
+            folder,
+            overlap=overlap,
+            connector=KVortexConfig().kv_transfer_config(),
+        ),
+        "hasher": staticmethod(get_request_block_hasher(BLOCK, hash_function)),
+        "num_ranks": num_ranks,
+        "overlap": overlap,
+        "loads_fail": loads_fail,
+        "seen": seen,
+    }
+    return type(f"SchedulerMachine_{num_ranks}", (SchedulerMachine,), members)
 
 
 @pytest.mark.parametrize(
@@ -343,27 +362,11 @@ def test_the_scheduler_loads_only_what_all_ranks_stored(
     tmp_path_factory: pytest.TempPathFactory,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from vllm.utils.hashing import get_hash_fn_by_name
-    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-
-    hash_function = get_hash_fn_by_name("sha256")
-    init_none_hash(hash_function)
     seen = Counter[str]()
-    members = {
-        "config": vllm_config(
-            tmp_path_factory.mktemp("model"),
-            overlap=overlap,
-            connector=KVortexConfig().kv_transfer_config(),
-        ),
-        "hasher": staticmethod(get_request_block_hasher(BLOCK, hash_function)),
-        "num_ranks": num_ranks,
-        "overlap": overlap,
-        "loads_fail": loads_fail,
-        "seen": seen,
-    }
+    folder = tmp_path_factory.mktemp("model")
+    machine = machine_over(folder, num_ranks, seen, overlap=overlap, loads_fail=loads_fail)
     for name in ("kvortex", "vllm"):
         caplog.set_level(logging.CRITICAL, name)
-    machine = type(f"SchedulerMachine_{num_ranks}", (SchedulerMachine,), members)
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=60))
     reached = ["loads", "stores", "evictions", "aborted RUNNING", "discarded_stores"]
     reached += ["apart_loads"] if loads_fail else ["apart_loads", "aborted WAITING_FOR_REMOTE_KVS"]
@@ -392,3 +395,30 @@ def test_what_only_the_scheduler_can_refuse_is_one_line_in_the_log(
         logger.removeHandler(caplog.handler)
     (line,) = {record.getMessage() for record in caplog.records if record.name == logger.name}
     assert line.startswith(f"KVortex cannot start: {reason}")
+
+
+@pytest.mark.parametrize("aborted", [None, 0, 1])
+def test_a_failed_load_is_computed_again_though_the_first_to_share_it_is_gone(
+    aborted: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM has only the first of two that share blocks compute them again."""
+    for name in ("kvortex", "vllm"):
+        caplog.set_level(logging.CRITICAL, name)
+    seen = Counter[str]()
+    machine = machine_over(tmp_path, 1, seen, overlap=False, loads_fail=True)()
+    machine.open(20, 40, 0, 64, "lru", "always", apart=False)
+    prompt = continued([1], 20)
+    machine.add(prompt, 1)
+    machine.go_on(3, end=True)
+    machine.reset(running=False, connector=False)
+    machine.add(prompt, 4)
+    machine.add([*prompt, 0], 4)
+    machine.step(fail=0)
+    assert seen["bad"] == 1
+    if aborted is not None:
+        machine.abort(aborted)
+    machine.teardown()
+    assert sum(request.status.name == "FINISHED_ABORTED" for request in machine.requests) == (
+        aborted is not None
+    )
+    assert seen["bad"] == 1 + (aborted == 0)
