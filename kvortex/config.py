@@ -34,6 +34,11 @@ class KVortexConfig(BaseModel):
     num_cuda_streams: int = Field(
         default=4, ge=1, le=32, description="CUDA streams that carry transfers, per GPU."
     )
+    numa_node: int | None = Field(
+        default=None,
+        ge=0,
+        description="NUMA node for the pool, by default the one next to the GPU.",
+    )
     eviction_policy: str = Field(
         default="lru_freq",
         min_length=1,
@@ -71,7 +76,9 @@ class KVortexConfig(BaseModel):
         """Read vLLM's `kv_connector_extra_config`."""
         return cls(**{str(key): value for key, value in (extra or {}).items()})
 
-    @field_validator("ram_pool_gb", "num_cuda_streams", "min_load_tokens", mode="before")
+    @field_validator(
+        "ram_pool_gb", "num_cuda_streams", "numa_node", "min_load_tokens", mode="before"
+    )
     @classmethod
     def _is_no_truth_value(cls, value: object) -> object:
         if isinstance(value, bool):

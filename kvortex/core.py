@@ -99,7 +99,8 @@ class StepReport:
 
     `finished` counts, per job, the ranks that are done with it; `failed` names the jobs that
     failed on at least one of them. `num_slots` is the smallest number of slots in their pools and
-    `load_bytes_per_s` the slowest link; a worker tells them once, in its first report.
+    `load_bytes_per_s` the slowest link; a worker tells them in its first report, and `num_slots`
+    again if it had to become smaller.
     """
 
     finished: dict[int, int] = field(default_factory=dict)
@@ -112,6 +113,8 @@ class StepReport:
     """Number of the step that ended with this report."""
     unwaited_layers: int = 0
     """Layers that ran though their load was not known to have ended."""
+    ready_slots: int | None = None
+    """How many slots every rank has prepared, told in each report until a rank's pool is ready."""
 
     def merge(self, other: StepReport) -> StepReport:
         """The report of both ranks together."""
@@ -126,6 +129,7 @@ class StepReport:
             max(self.layered_loads, other.layered_loads),
             _least(self.step, other.step),
             self.unwaited_layers + other.unwaited_layers,
+            _least(self.ready_slots, other.ready_slots),
         )
 
     def __bool__(self) -> bool:

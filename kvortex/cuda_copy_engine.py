@@ -232,7 +232,7 @@ class CudaCopyEngine(CopyEngine):
     def _measure_loads(self) -> float:
         """Bytes per second of a load of up to PROBE_BYTES. Every block stays as it is."""
         most = max(1, PROBE_BYTES // self.pool.slot_bytes)
-        some = np.arange(min(most, self.pool.num_slots, self.layout.num_blocks))
+        some = np.arange(min(most, self.pool.num_ready_slots, self.layout.num_blocks))
         self._submit(Direction.STORE, some, some).wait()
         began = time.perf_counter()
         self._submit(Direction.LOAD, some, some).wait()

@@ -45,6 +45,7 @@ class OffloadScheduler:
 
     def __init__(self, tier: HostTier, num_ranks: int = 1, slot_bytes: int = 0) -> None:
         self.tier = tier
+        self._planned_slots = tier.index.num_slots
         self._block_bytes = slot_bytes * num_ranks
         self.counters = Counters()
         self._num_ranks = num_ranks
@@ -128,8 +129,7 @@ class OffloadScheduler:
         From a failed load that some forward needed, the model may have computed on wrong bytes:
         every store then under way is discarded when it arrives.
         """
-        if report.num_slots is not None:
-            self.tier.index.limit(report.num_slots)
+        self._take_in_pool(report)
         self.counters.layered_loads += report.layered_loads
         if report.unwaited_layers:
             self.counters.unwaited_layers += report.unwaited_layers
@@ -144,6 +144,16 @@ class OffloadScheduler:
         for flight in done:
             self._end(flight)
         return done
+
+    def _take_in_pool(self, report: StepReport) -> None:
+        """Slots that are not ready on every rank are not given out."""
+        index = self.tier.index
+        if report.num_slots is not None:
+            index.limit(report.num_slots)
+            lost = self._planned_slots - report.num_slots
+            self.counters.lost_slots = max(self.counters.lost_slots, lost)
+        if report.ready_slots is not None:
+            index.open(report.ready_slots)
 
     def discard_stores(self) -> None:
         """Let no store that is now under way become readable."""
