@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 import resource
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -66,19 +67,14 @@ class HostPool:
         self._node = node
         if node is not None and not prefer_node(self.address, self._size, node):
             self._node = None
+        self._began = time.perf_counter()
         self._preparation: Preparation | None = None
         if pinned:
-            self._prepare()
-
-    def _prepare(self) -> None:
-        if not huge_pages_allowed():
-            logger.info("Transparent huge pages are off; with them memory is pinned sooner.")
-        piece_bytes = self.piece_slots * self.slot_bytes
-        self._preparation = Preparation(self._memory, piece_bytes, self._tell_end)
-        if not self._preparation.wait(min(piece_bytes, self._size)):
-            error = self._preparation.error
-            self.close()
-            raise PoolAllocationError(_cannot("pin", self._size, error))
+            if not huge_pages_allowed():
+                logger.info("Transparent huge pages are off; with them memory is pinned sooner.")
+            piece_bytes = self.piece_slots * slot_bytes
+            self._preparation = Preparation(self._memory, piece_bytes, self._tell_end)
+            self._require(min(piece_bytes, self._size))
 
     @property
     def num_ready_slots(self) -> int:
@@ -99,10 +95,7 @@ class HostPool:
         Raises:
             PoolAllocationError: there was no memory for some; the pool is closed.
         """
-        if self._preparation is not None and not self._preparation.wait(self._size):
-            error = self._preparation.error
-            self.close()
-            raise PoolAllocationError(_cannot("pin", self._size, error))
+        self._require(self._size)
 
     @property
     def pinned_bytes(self) -> int:
@@ -119,29 +112,33 @@ class HostPool:
         self.bytes = torch.empty((0, self.slot_bytes), dtype=torch.uint8)
         self._memory.close()
 
+    def _require(self, nbytes: int) -> None:
+        """Wait until so many bytes are ready; close the pool if they never will be."""
+        preparation = self._preparation
+        if preparation is not None and not preparation.wait(nbytes):
+            self.close()
+            raise PoolAllocationError(_cannot("pin", self._size, preparation.error))
+
     def _tell_end(self, preparation: Preparation) -> None:
         """All is prepared that ever will be. On the thread that did it."""
         ready, error = preparation.ready_bytes, preparation.error
         if not ready:
             return  # the constructor raises
+        took = time.perf_counter() - self._began
+        logger.info("%s GiB of host memory were ready after %.1f s.", _gib(ready), took)
         if error is not None:
             self._memory.release(ready)
-            logger.warning(
-                "Only %s of %s GiB of host memory could be prepared (%s); KVortex goes on so.",
-                _gib(ready),
-                _gib(self._size),
-                error,
-            )
+            whole = _gib(self._size)
+            logger.warning("Only %s of %s GiB of host memory: %s.", _gib(ready), whole, error)
         if self._node is not None:
-            placed = nodes_of(self.address, ready)
-            shown = ", ".join(f"{share:.0%} on node {node}" for node, share in placed.items())
-            right = placed.get(self._node, 0) > ENOUGH_ON_NODE
-            logger.log(
-                logging.INFO if right else logging.WARNING,
-                "Host memory is placed for NUMA node %d: %s.",
-                self._node,
-                shown or "unknown",
-            )
+            self._tell_place(self._node, ready)
+
+    def _tell_place(self, node: int, ready: int) -> None:
+        placed = nodes_of(self.address, ready)
+        wrong = bool(placed) and placed.get(node, 0) < ENOUGH_ON_NODE
+        level = logging.WARNING if wrong else logging.INFO
+        shown = ", ".join(f"{share:.0%} on node {number}" for number, share in placed.items())
+        logger.log(level, "Host memory for NUMA node %d is %s.", node, shown or "somewhere")
 
     def __enter__(self) -> Self:
         return self

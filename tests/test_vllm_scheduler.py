@@ -66,6 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks=st.sampled_from([14, 10, 20]),
         num_slots=st.sampled_from([24, 40, 60, 8, 3]),
         missing_slots=st.sampled_from([0, 0, 1, 3]),
+        late_slots=st.sampled_from([0, 0, 2, 30]),
         budget=st.sampled_from([16, 64, 5]),
         policy=st.sampled_from(["lru", "lru_freq"]),
         admission=st.sampled_from(["always", "adaptive"]),
@@ -76,6 +77,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks: int,
         num_slots: int,
         missing_slots: int,
+        late_slots: int,
         budget: int,
         policy: str,
         admission: str,
@@ -99,13 +101,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.index.num_slots == num_slots
         slots = [num_slots] * self.num_ranks
         slots[-1] = max(1, num_slots - missing_slots)
-        self.ranks = [SimulatedRank(num_blocks, count) for count in slots]
+        self.ranks = [
+            SimulatedRank(num_blocks, count, max(1, count - late_slots)) for count in slots
+        ]
         self.model = SimulatedModel(self.ranks)
         self.num_blocks = num_blocks
         self.requests: list[Request] = []
         self.prefixes: dict[bytes, tuple[int, ...]] = {}
         self.forgotten = 0
-        self.stepped = False
         self.flying: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
 
     # What users do
@@ -183,7 +186,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.overlap and len(self.flying) < 2 and output.total_num_scheduled_tokens:
                 return
         if self.flying:
-            self.stepped = True
             self.update(*self.flying.popleft())
 
     @rule(steps=st.integers(2, 8), end=st.booleans(), fail=fails)
@@ -199,6 +201,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             busy = [rank for rank in self.ranks if rank.under]
             if busy:
                 busy[rank % len(busy)].end(number, well)
+
+    @rule(rank=picks, more=st.integers(1, 9))
+    def prepare(self, rank: int, more: int) -> None:
+        """Some more slots are ready."""
+        self.ranks[rank % self.num_ranks].grow(more)
+
+    @rule(rank=picks)
+    def run_out_of_memory(self, rank: int) -> None:
+        self.ranks[rank % self.num_ranks].run_out()
 
     @rule()
     def end_all(self) -> None:
@@ -293,6 +304,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Let everything end: nothing is left anywhere."""
         if not hasattr(self, "flying"):
             return
+        for rank in self.ranks:
+            rank.grow(len(rank.host))
         for _ in range(MANY_STEPS):
             if not self.flying and not self.scheduler.has_requests():
                 break
@@ -307,8 +320,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         side = self.connector._scheduler
         assert not any([side._tracked, side._held, side._loading_tokens, self.arrivals])
         assert self.index.reserved == 0
-        if self.stepped:
-            assert self.index.num_slots == len(self.ranks[-1].host)
+        if all(rank.has_told_its_size for rank in self.ranks):
+            assert self.index.num_slots == min(len(rank.host) for rank in self.ranks)
         assert all(block.pins == 0 for block in self.index)
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == self.num_blocks - 1  # all but the null block
