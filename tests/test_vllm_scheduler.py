@@ -60,13 +60,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     num_ranks: ClassVar[int]
     overlap: ClassVar[bool]
     loads_fail: ClassVar[bool]
+    late: ClassVar[bool]
+    """Whether ranks start with one slot, and prepare the others from step to step."""
     seen: ClassVar[Counter[str]]
 
     @initialize(
         num_blocks=st.sampled_from([14, 10, 20]),
         num_slots=st.sampled_from([24, 40, 60, 8, 3]),
         missing_slots=st.sampled_from([0, 0, 1, 3]),
-        late_slots=st.sampled_from([0, 0, 2, 30]),
         budget=st.sampled_from([16, 64, 5]),
         policy=st.sampled_from(["lru", "lru_freq"]),
         admission=st.sampled_from(["always", "adaptive"]),
@@ -77,7 +78,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks: int,
         num_slots: int,
         missing_slots: int,
-        late_slots: int,
         budget: int,
         policy: str,
         admission: str,
@@ -102,13 +102,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots = [num_slots] * self.num_ranks
         slots[-1] = max(1, num_slots - missing_slots)
         self.ranks = [
-            SimulatedRank(num_blocks, count, max(1, count - late_slots)) for count in slots
+            SimulatedRank(num_blocks, count, 1 if self.late else count) for count in slots
         ]
         self.model = SimulatedModel(self.ranks)
         self.num_blocks = num_blocks
         self.requests: list[Request] = []
         self.prefixes: dict[bytes, tuple[int, ...]] = {}
         self.forgotten = 0
+        self.steps = 0
         self.flying: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
 
     # What users do
@@ -202,15 +203,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             if busy:
                 busy[rank % len(busy)].end(number, well)
 
-    @rule(rank=picks, more=st.integers(1, 9))
-    def prepare(self, rank: int, more: int) -> None:
-        """Some more slots are ready."""
-        self.ranks[rank % self.num_ranks].grow(more)
-
-    @rule(rank=picks)
-    def run_out_of_memory(self, rank: int) -> None:
-        self.ranks[rank % self.num_ranks].run_out()
-
     @rule()
     def end_all(self) -> None:
         for rank in self.ranks:
@@ -230,6 +222,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
         plan = plan_of(output)
         assert plan.has_forward == (output.total_num_scheduled_tokens > 0)
+        self.prepare_slots()
         for number, rank in enumerate(self.ranks):
             rank.begin(plan, number == fails_on)
         bad_blocks = {block for rank in self.ranks for block in rank.bad_blocks}
@@ -255,6 +248,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             sampled_token_ids=list(sampled.values()),
             kv_connector_output=told,
         )
+
+    def prepare_slots(self) -> None:
+        """Each rank at its own pace; the first has memory for thirty at most."""
+        self.steps += 1
+        for number, rank in enumerate(self.ranks):
+            rank.grow(self.steps % (number + 1) == 0)
+        if self.steps == 30:
+            self.ranks[0].run_out()
 
     def update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
         lengths = {name: self.named(name).num_tokens for name in self.model.read_spoilt}
@@ -304,8 +305,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Let everything end: nothing is left anywhere."""
         if not hasattr(self, "flying"):
             return
-        for rank in self.ranks:
-            rank.grow(len(rank.host))
         for _ in range(MANY_STEPS):
             if not self.flying and not self.scheduler.has_requests():
                 break
@@ -322,6 +321,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.index.reserved == 0
         if all(rank.has_told_its_size for rank in self.ranks):
             assert self.index.num_slots == min(len(rank.host) for rank in self.ranks)
+        else:
+            assert self.late or not self.steps
         assert all(block.pins == 0 for block in self.index)
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == self.num_blocks - 1  # all but the null block
@@ -338,18 +339,20 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "overlap", "loads_fail"),
+    ("num_ranks", "overlap", "loads_fail", "late"),
     [
-        pytest.param(1, False, False, id="one-rank"),
-        pytest.param(1, False, True, id="loads-fail"),
-        pytest.param(2, False, True, id="two-ranks-loads-fail"),
-        pytest.param(3, True, False, id="three-ranks-overlapping-steps"),
+        pytest.param(1, False, False, False, id="one-rank"),
+        pytest.param(1, False, True, False, id="loads-fail"),
+        pytest.param(2, False, True, False, id="two-ranks-loads-fail"),
+        pytest.param(3, True, False, False, id="three-ranks-overlapping-steps"),
+        pytest.param(2, True, False, True, id="slots-come-late"),
     ],
 )
 def test_the_scheduler_loads_only_what_all_ranks_stored(
     num_ranks: int,
     overlap: bool,
     loads_fail: bool,
+    late: bool,
     tmp_path_factory: pytest.TempPathFactory,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -369,13 +372,15 @@ def test_the_scheduler_loads_only_what_all_ranks_stored(
         "num_ranks": num_ranks,
         "overlap": overlap,
         "loads_fail": loads_fail,
+        "late": late,
         "seen": seen,
     }
     for name in ("kvortex", "vllm"):
         caplog.set_level(logging.CRITICAL, name)
     machine = type(f"SchedulerMachine_{num_ranks}", (SchedulerMachine,), members)
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=60))
-    reached = ["loads", "stores", "evictions", "aborted RUNNING", "discarded_stores"]
-    reached += ["apart_loads"] if loads_fail else ["apart_loads", "aborted WAITING_FOR_REMOTE_KVS"]
+    reached = ["loads", "stores", "evictions", "aborted RUNNING", "apart_loads"]
+    reached += ["lost_slots"] if late else ["discarded_stores"]
+    reached += [] if loads_fail or late else ["aborted WAITING_FOR_REMOTE_KVS"]
     assert [what for what in reached if not seen[what]] == []
     assert bool(seen["failed_loads"]) is loads_fail
