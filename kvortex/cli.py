@@ -96,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     info.set_defaults(command=_trace_info)
 
+    _add_disk_parsers(commands)
+
     tune = commands.add_parser(
         "tune",
         help="measure which way of copying is fastest on this machine, and keep the result",
@@ -105,6 +107,25 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     tune.set_defaults(command=_tune)
     return parser
+
+
+def _add_disk_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    disk = commands.add_parser("disk", help="look into the caches under a disk_path")
+    about = disk.add_subparsers(required=True, metavar="COMMAND")
+    inspect = about.add_parser(
+        "inspect", help="namespaces, slots and ages; also of running servers"
+    )
+    verify = about.add_parser("verify", help="compare the checksum of every block; 1 if one is bad")
+    clear = about.add_parser("clear", help="remove all caches that are there, if none is in use")
+    clear.add_argument("--yes", action="store_true", help="do not ask")
+    for parser, command in (
+        (inspect, _disk_inspect),
+        (verify, _disk_verify),
+        (clear, _disk_clear),
+    ):
+        parser.add_argument("path", type=Path, help="a disk_path of KVortex")
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.set_defaults(command=command)
 
 
 def _settings_parser(**defaults: float) -> argparse.ArgumentParser:
@@ -212,6 +233,53 @@ def _trace_info(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(f"{name:16} {value}" for name, value in facts.items()))
     return 0
+
+
+def _disk_inspect(arguments: argparse.Namespace) -> int:
+    from kvortex.disk.tool import inspect, table
+
+    infos = inspect(arguments.path)
+    if arguments.json:
+        print(json.dumps({"caches": [info.as_dict() for info in infos]}))
+    else:
+        print(table(infos) if infos else f"no caches in {arguments.path}")
+    return 0
+
+
+def _disk_verify(arguments: argparse.Namespace) -> int:
+    from kvortex.disk.tool import verify
+
+    verified = verify(arguments.path, _draw_progress)
+    if arguments.json:
+        print(json.dumps(verified.as_dict()))
+    else:
+        print(f"{verified.good} blocks are good, {verified.corrupt} are corrupt")
+    return EXIT_FAILED if verified.corrupt else 0
+
+
+def _disk_clear(arguments: argparse.Namespace) -> int:
+    from kvortex.disk.tool import clear, inspect
+
+    blocks = sum(info.used for info in inspect(arguments.path))
+    if not arguments.yes and not _confirms(f"remove {blocks} blocks in {arguments.path}?"):
+        print("kvortex: nothing was removed", file=sys.stderr)
+        return EXIT_FAILED
+    removed = clear(arguments.path)
+    print(json.dumps({"removed": removed}) if arguments.json else f"{removed} caches removed")
+    return 0
+
+
+def _confirms(question: str) -> bool:
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+def _draw_progress(done: int, total: int) -> None:
+    """A bar, where there is a terminal, at most a hundred times."""
+    if sys.stderr.isatty() and (done == total or done * 100 // total > (done - 1) * 100 // total):
+        filled = 40 * done // total
+        end = "\n" if done == total else ""
+        print(f"\r[{'#' * filled:40}] {done} of {total}", end=end, file=sys.stderr, flush=True)
 
 
 def _print_progress(line: str) -> None:

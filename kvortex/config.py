@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from kvortex.core import ConfigError
@@ -13,6 +13,27 @@ GIB = 1 << 30
 CONNECTOR_NAME = "KVortexConnector"
 CONNECTOR_MODULE = "kvortex.connector"
 LIMITS = {"gt": "more than", "ge": "at least", "le": "at most"}
+
+NOT_ITS_BLOCKS = "leave it out, KVortex moves vLLM's own blocks"
+FROM_ELSEWHERE = {
+    # vLLM's OffloadingConnector and SimpleCPUOffloadConnector
+    "cpu_bytes_to_use": "write ram_pool_gb={gib}",
+    "cpu_bytes_to_use_per_rank": "write ram_pool_gb={gib} times the number of ranks",
+    "num_cpu_blocks": "write ram_pool_gb=<GiB for all blocks>",
+    "store_threshold": 'write admission="second_sight" for 2 and more, else "always"',
+    "lazy_offload": "leave it out, blocks are stored as they fill",
+    "offload_prompt_only": "leave it out, answers are stored, too; a request may be limited",
+    "block_size": NOT_ITS_BLOCKS,
+    "blocks_per_chunk": NOT_ITS_BLOCKS,
+    "cache_policy_module_path": "write eviction_policy=<name of an installed policy>",
+    # LMCache
+    "max_local_cpu_size": "write ram_pool_gb={value!r} times the number of ranks",
+    "local_cpu": "leave it out, host memory is always used",
+    "chunk_size": NOT_ITS_BLOCKS,
+    "cache_policy": "write eviction_policy=<its name in lower case>",
+    "use_layerwise": "leave it out, layers are loaded one by one where that is faster",
+}
+"""What becomes of other connectors' settings, for those who come from there."""
 
 
 class KVortexConfig(BaseModel):
@@ -65,6 +86,30 @@ class KVortexConfig(BaseModel):
         "holds salted hashes, no prompts.",
     )
 
+    disk_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder on a local drive for blocks that leave host RAM.",
+    )
+    disk_pool_gb: float | None = Field(
+        default=None,
+        gt=0,
+        le=1 << 20,
+        description="Disk for KV blocks, in GiB, shared by the ranks of one engine.",
+    )
+    disk_max_write_mb_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=1 << 20,
+        description="Most that is written to the disk, in MB/s, all ranks together; flash wears.",
+    )
+    disk_read_deadline_ms: int = Field(
+        default=1000,
+        ge=1,
+        le=600_000,
+        description="A block that the disk has not delivered after so long is computed.",
+    )
+
     def __init__(self, /, **settings: Any) -> None:  # noqa: ANN401  (pydantic's own signature)
         try:
             super().__init__(**settings)
@@ -77,13 +122,32 @@ class KVortexConfig(BaseModel):
         return cls(**{str(key): value for key, value in (extra or {}).items()})
 
     @field_validator(
-        "ram_pool_gb", "num_cuda_streams", "numa_node", "min_load_tokens", mode="before"
+        "ram_pool_gb",
+        "num_cuda_streams",
+        "numa_node",
+        "min_load_tokens",
+        "disk_pool_gb",
+        "disk_max_write_mb_s",
+        "disk_read_deadline_ms",
+        mode="before",
     )
     @classmethod
     def _is_no_truth_value(cls, value: object) -> object:
         if isinstance(value, bool):
             raise PydanticCustomError("number_type", "Input should be a number")
         return value
+
+    @model_validator(mode="after")
+    def _disk_is_whole(self) -> Self:
+        if self.disk_path is not None and self.disk_pool_gb is None:
+            raise ConfigError(
+                f"disk_path={self.disk_path!r}: how much of it may be used? set disk_pool_gb too"
+            )
+        for name in ("disk_pool_gb", "disk_max_write_mb_s", "disk_read_deadline_ms"):
+            default = type(self).model_fields[name].default
+            if self.disk_path is None and getattr(self, name) != default:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: where? set disk_path too")
+        return self
 
     @property
     def ram_pool_bytes(self) -> int:
@@ -108,10 +172,12 @@ class KVortexConfig(BaseModel):
 def _one_line(error: ValidationError) -> str:
     """The first problem as `key=value: reason`, and what would do."""
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    if not problem["loc"]:  # settings that do not go together; the message is our own
+        return str(problem["ctx"]["error"])
+    key, value = ".".join(str(part) for part in problem["loc"]), problem["input"]
     if problem["type"] == "extra_forbidden":
         shown = key if key.isidentifier() else repr(key)
-        return f"unknown setting {shown}={problem['input']!r}: {_known_settings()}"
+        return f"unknown setting {shown}={value!r}: {_what_instead(key, value)}"
     described = KVortexConfig.model_fields[key]
     reason = problem["msg"][0].lower() + problem["msg"][1:]
     limits = ", ".join(
@@ -121,8 +187,13 @@ def _one_line(error: ValidationError) -> str:
         if hasattr(limit, name)
     )
     allowed = f"{limits}; default" if limits else "default"
-    return f"{key}={problem['input']!r}: {reason} ({allowed} {described.default!r})"
+    return f"{key}={value!r}: {reason} ({allowed} {described.default!r})"
 
 
-def _known_settings() -> str:
-    return "the settings are " + ", ".join(KVortexConfig.model_fields)
+def _what_instead(key: str, value: object) -> str:
+    """Of a setting that KVortex does not know."""
+    hint = FROM_ELSEWHERE.get(key.removeprefix("lmcache."))
+    if hint is None:
+        return "the settings are " + ", ".join(KVortexConfig.model_fields)
+    gib = f"{value / GIB:.6g}" if isinstance(value, int | float) else "<GiB>"
+    return hint.format(value=value, gib=gib)

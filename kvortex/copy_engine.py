@@ -5,12 +5,14 @@ Here are the interface and the engine for machines without a GPU.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
 
 from kvortex.core import Direction, TransferError
+from kvortex.speedometer import LEAST_BYTES, Speedometer
 from kvortex.triton_kernels.reference import paged_copy_reference
 
 if TYPE_CHECKING:
@@ -39,16 +41,16 @@ class Ticket(ABC):
 
 
 class CopyEngine(ABC):
-    """Copies whole blocks of one layout. Ids and slots are trusted: callers check them.
-
-    `load_bytes_per_s` is how fast loads were when last measured, None if nobody measured.
-    """
-
-    load_bytes_per_s: float | None = None
+    """Copies whole blocks of one layout. Ids and slots are trusted: callers check them."""
 
     def __init__(self, layout: Layout, pool: HostPool) -> None:
         self.layout = layout
         self.pool = pool
+        self._speedometers = {way: Speedometer() for way in Direction}
+
+    def bytes_per_s(self, direction: Direction) -> float | None:
+        """How fast large copies were of late, whatever ran beside; None if none was measured."""
+        return self._speedometers[direction].bytes_per_s
 
     @abstractmethod
     def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> Ticket:
@@ -94,12 +96,16 @@ class CpuCopyEngine(CopyEngine):
         pages = [(page.view, page.slot_offset) for page in self.layout.pages]
         ids, places = torch.from_numpy(block_ids), torch.from_numpy(slots)
         store = direction is Direction.STORE
+        began = time.perf_counter()
         try:
             paged_copy_reference(pages, ids, places, self.pool.bytes, store=store)
         except (RuntimeError, IndexError) as error:
             raise TransferError(
                 f"{direction.value} of {len(ids)} blocks failed: {error}"
             ) from error
+        nbytes = len(ids) * self.pool.slot_bytes
+        if nbytes >= LEAST_BYTES:
+            self._speedometers[direction].note(nbytes, time.perf_counter() - began)
         return _Arrived()
 
     def load_layers(self, block_ids: BlockIds, slots: BlockIds) -> Sequence[Ticket]:

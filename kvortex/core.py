@@ -77,6 +77,55 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskMove:
+    """Blocks that move between host slots and disk slots: `keys[i]`, `slots[i]`, `disk_slots[i]`.
+
+    Both are int64 arrays; `id` is unique among the disk moves of a scheduler.
+    """
+
+    id: int
+    keys: tuple[BlockKey, ...]
+    slots: BlockIds
+    disk_slots: BlockIds
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPlan:
+    """What a worker's disk shall do next; what `clear` forgets is not what comes with it."""
+
+    writes: tuple[DiskMove, ...] = ()
+    reads: tuple[DiskMove, ...] = ()
+    clear: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DiskReport:
+    """What the workers' disks did since their last report.
+
+    `finished` counts, per move, the ranks that are done with it, and `failed` has the positions
+    that failed on any of them. `survivors` are the keys found at start, with their slots, and
+    `num_slots` how many slots the smallest disk has; both are told once.
+    """
+
+    finished: dict[int, int] = field(default_factory=dict)
+    failed: dict[int, frozenset[int]] = field(default_factory=dict)
+    survivors: dict[BlockKey, int] | None = None
+    num_slots: int | None = None
+
+    def merge(self, other: DiskReport) -> DiskReport:
+        """The report of both ranks together; what survived did so on both."""
+        finished, failed = dict(self.finished), dict(self.failed)
+        for move_id, ranks in other.finished.items():
+            finished[move_id] = finished.get(move_id, 0) + ranks
+        for move_id, positions in other.failed.items():
+            failed[move_id] = failed.get(move_id, frozenset()) | positions
+        survivors = self.survivors if other.survivors is None else other.survivors
+        if self.survivors is not None and other.survivors is not None:
+            survivors = dict(self.survivors.items() & other.survivors.items())
+        return DiskReport(finished, failed, survivors, _least(self.num_slots, other.num_slots))
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """What a worker shall do in one step, from the scheduler side."""
 
@@ -91,6 +140,7 @@ class StepPlan:
     """Number of this step, if the scheduler wants to hear of its end."""
     lost_block_ids: tuple[int, ...] = ()
     """GPU blocks that were promised a load whose source is gone; they must be recomputed."""
+    disk: DiskPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +148,17 @@ class StepReport:
     """What workers finished since their last report.
 
     `finished` counts, per job, the ranks that are done with it; `failed` names the jobs that
-    failed on at least one of them. `num_slots` is the smallest number of slots in their pools and
-    `load_bytes_per_s` the slowest link; a worker tells them in its first report, and `num_slots`
-    again if it had to become smaller.
+    failed on at least one of them. `num_slots` is the smallest number of slots in their pools; a
+    worker tells it in its first report, and again if it had to become smaller. The speeds, of the
+    slowest link, are in every report once they are known: the slowest of those that happen to
+    report would not be the slowest.
     """
 
     finished: dict[int, int] = field(default_factory=dict)
     failed: frozenset[int] = frozenset()
     num_slots: int | None = None
     load_bytes_per_s: float | None = None
+    store_bytes_per_s: float | None = None
     layered_loads: int = 0
     """Steps whose loads each layer waited for by itself."""
     step: int | None = None
@@ -115,6 +167,7 @@ class StepReport:
     """Layers that ran though their load was not known to have ended."""
     ready_slots: int | None = None
     """How many slots every rank has prepared, told in each report until a rank's pool is ready."""
+    disk: DiskReport | None = None
 
     def merge(self, other: StepReport) -> StepReport:
         """The report of both ranks together."""
@@ -126,10 +179,12 @@ class StepReport:
             self.failed | other.failed,
             _least(self.num_slots, other.num_slots),
             _least(self.load_bytes_per_s, other.load_bytes_per_s),
+            _least(self.store_bytes_per_s, other.store_bytes_per_s),
             max(self.layered_loads, other.layered_loads),
             _least(self.step, other.step),
             self.unwaited_layers + other.unwaited_layers,
             _least(self.ready_slots, other.ready_slots),
+            self.disk.merge(other.disk) if self.disk and other.disk else self.disk or other.disk,
         )
 
     def __bool__(self) -> bool:

@@ -20,7 +20,8 @@ class CostModel:
     """Times, from what workers measured of the link and the scheduler of prefill.
 
     Until both are known, loading is assumed to pay. Speeds are tokens per second and bytes per
-    second; `token_bytes` is what one token of a hit takes on the link of one rank.
+    second; `token_bytes` is what one token of a hit takes on the link of one rank, and
+    `load_bytes_per_s` what large loads reached of late, with all that shared the link with them.
     """
 
     token_bytes: float
@@ -38,7 +39,7 @@ class CostModel:
             self.prefill_tokens_per_s += WEIGHT * (speed - self.prefill_tokens_per_s)
 
     def load_seconds(self, loaded: float) -> float:
-        """Time of a load of so many tokens, over a link with nothing else to do."""
+        """Time of a load of so many tokens, once no other load is ahead of it."""
         if self.load_bytes_per_s is None:
             return 0.0
         return loaded * self.token_bytes / self.load_bytes_per_s

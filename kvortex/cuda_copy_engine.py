@@ -15,6 +15,7 @@ from kvortex.calibration import ZERO_COPY, load_calibration
 from kvortex.copy_engine import CopyEngine, Ticket
 from kvortex.core import Direction, TransferError
 from kvortex.cuda_driver import cuda_driver
+from kvortex.cuda_stopwatch import CudaStopwatch
 from kvortex.cuda_ticket import CudaTicket, EventPool
 from kvortex.id_ring import IdRing
 from kvortex.lane import Lane
@@ -82,6 +83,9 @@ class CudaCopyEngine(CopyEngine):
         calibration = load_calibration(self._device)
         self._choices = calibration.for_page(self.layout.stretch_bytes())
         self._streams = _open_streams(self._device, num_streams)
+        self._stopwatches = {
+            way: CudaStopwatch(self._speedometers[way], self.pool.slot_bytes) for way in Direction
+        }
         self._lanes = {way: self._lane(way) for way in Direction}
         self._last: dict[Direction, CudaTicket | None] = dict.fromkeys(Direction)
         logger.info("KVortex copies by %s", self._describe(calibration.origin))
@@ -129,6 +133,11 @@ class CudaCopyEngine(CopyEngine):
             room -= page.nbytes * num_blocks
         return parts
 
+    def bytes_per_s(self, direction: Direction) -> float | None:
+        if direction in self._stopwatches:
+            self._stopwatches[direction].read()
+        return super().bytes_per_s(direction)
+
     def fence(self, ticket: Ticket) -> None:
         assert isinstance(ticket, CudaTicket)
         if self._is_elsewhere():
@@ -141,6 +150,9 @@ class CudaCopyEngine(CopyEngine):
         with contextlib.suppress(RuntimeError):  # a GPU that failed; its tickets say so
             torch.cuda.synchronize(self._device)
             self._events.close()
+            for stopwatch in self._stopwatches.values():
+                stopwatch.close()
+        self._stopwatches.clear()
         self._lanes.clear()
         self._streams.clear()
         self._last.clear()
@@ -212,7 +224,8 @@ class CudaCopyEngine(CopyEngine):
         runs = self.layout.run_table()
         block_chunks = len(runs) * tiling_of(runs, self.pool.slot_bytes).chunks_per_run
         most = max(1, min(ID_ROWS // 2, MOST_CHUNKS // block_chunks))
-        return Lane(direction, streams, movers, ids, self._events, most)
+        stopwatch = self._stopwatches[direction]
+        return Lane(direction, streams, movers, ids, self._events, most, stopwatch)
 
     def _warm_up(self) -> None:
         """Find out now if this GPU cannot run a mover.
@@ -227,16 +240,18 @@ class CudaCopyEngine(CopyEngine):
             lane = self._lanes[direction]
             for mover in lane.movers:
                 lane.submit(mover, first, first, self._before()).wait()
-        self.load_bytes_per_s = self._measure_loads()
+        self._probe()
 
-    def _measure_loads(self) -> float:
-        """Bytes per second of a load of up to PROBE_BYTES. Every block stays as it is."""
+    def _probe(self) -> None:
+        """Copy up to PROBE_BYTES both ways, so that the link is known from the first load on."""
         most = max(1, PROBE_BYTES // self.pool.slot_bytes)
         some = np.arange(min(most, self.pool.num_ready_slots, self.layout.num_blocks))
-        self._submit(Direction.STORE, some, some).wait()
-        began = time.perf_counter()
-        self._submit(Direction.LOAD, some, some).wait()
-        return len(some) * self.pool.slot_bytes / (time.perf_counter() - began)
+        for direction in (Direction.STORE, Direction.LOAD):  # so that blocks stay as they are
+            began = time.perf_counter()
+            self._submit(direction, some, some).wait()
+            seconds = time.perf_counter() - began
+            if self.bytes_per_s(direction) is None:  # too few for the stopwatch
+                self._speedometers[direction].note(len(some) * self.pool.slot_bytes, seconds)
 
     def _describe(self, origin: str) -> str:
         told = [

@@ -73,14 +73,15 @@ class CudaDriver:
         self._copy = self._bind("cuMemcpyAsync", void, void, size, void)
         self._create = self._bind("cuEventCreate", void, integer)
         self._destroy = self._bind("cuEventDestroy_v2", void)
+        self._elapsed = self._bind("cuEventElapsedTime", void, void, void)
         self._batch, self._batch_tail = self._find_batch()
         self._attributes = _CopyAttributes(source_access_order=SRC_ACCESS_ORDER_STREAM)
         self._first = ctypes.c_size_t(0)
 
-    def create_event(self) -> Handle:
-        """An event without timing."""
+    def create_event(self, *, timed: bool = False) -> Handle:
+        """An event; `seconds_between` is for timed ones only."""
         event = ctypes.c_void_p()
-        self._check(self._create(ctypes.byref(event), DISABLE_TIMING))
+        self._check(self._create(ctypes.byref(event), 0 if timed else DISABLE_TIMING))
         assert event.value is not None
         return event.value
 
@@ -105,6 +106,12 @@ class CudaDriver:
             return False
         self._check(status)
         return True
+
+    def seconds_between(self, first: Handle, last: Handle) -> float:
+        """From one timed event to another, both reached; negative if it is the other way round."""
+        milliseconds = ctypes.c_float()
+        self._check(self._elapsed(ctypes.byref(milliseconds), first, last))
+        return milliseconds.value / 1e3
 
     def current_context(self) -> Handle:
         """The context of this thread."""

@@ -15,10 +15,15 @@ POLL_SECONDS = 50e-6
 
 
 class EventPool:
-    """Events that nobody waits for; `take` makes one only where none is left."""
+    """Events that nobody waits for; `take` makes one only where none is left.
 
-    def __init__(self) -> None:
+    Args:
+        timed: whether the GPU notes when each is reached.
+    """
+
+    def __init__(self, *, timed: bool = False) -> None:
         self.closed = False
+        self._timed = timed
         self._driver = cuda_driver()
         self._free: list[Handle] = []
         self._all: list[Handle] = []
@@ -27,7 +32,7 @@ class EventPool:
         """An event to record."""
         if self._free:
             return self._free.pop()
-        self._all.append(self._driver.create_event())
+        self._all.append(self._driver.create_event(timed=self._timed))
         return self._all[-1]
 
     def give(self, event: Handle) -> None:

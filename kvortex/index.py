@@ -8,10 +8,9 @@ from kvortex.block import Block, State
 from kvortex.prefix_tree import PrefixTree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, KeysView
+    from collections.abc import Callable, Iterator, KeysView, Mapping
 
     from kvortex.core import BlockKey
-__all__ = ["Block", "Index", "State"]
 
 
 class Index:
@@ -75,6 +74,18 @@ class Index:
         self._closed = [slot for slot in idle if slot >= self._opened]
         self._free = [slot for slot in idle if slot < self._opened]
         self.num_slots += len(self._free)
+
+    def adopt(self, slots: Mapping[BlockKey, int]) -> list[Block]:
+        """Let free slots hold readable blocks that were there before this index; in that order."""
+        taken = set(slots.values())
+        self._free = [slot for slot in self._free if slot not in taken]
+        blocks = []
+        for key, slot in slots.items():
+            self._orders += 1
+            self._held += 1
+            blocks.append(Block(key, slot, self._orders))
+            self.publish(blocks[-1])
+        return blocks
 
     def reserve(self, key: BlockKey, parent: BlockKey | None = None) -> Block:
         """Give a free slot to a block that shall hold `key`, which follows `parent`."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from kvortex.core import BlockIds, Direction
     from kvortex.cuda_driver import Handle
+    from kvortex.cuda_stopwatch import CudaStopwatch
     from kvortex.cuda_ticket import EventPool
     from kvortex.id_ring import IdRing
     from kvortex.movers import Mover
@@ -33,6 +34,7 @@ class Lane:
         ids: of these movers.
         events: shared by all lanes.
         most_blocks: that a mover takes at once.
+        stopwatch: of this direction, if copies are to be timed.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Lane:
         ids: IdRing,
         events: EventPool,
         most_blocks: int,
+        stopwatch: CudaStopwatch | None = None,
     ) -> None:
         self.direction = direction
         self.movers = movers
@@ -50,6 +53,7 @@ class Lane:
         self._ids = ids
         self._events = events
         self._most_blocks = most_blocks
+        self._stopwatch = stopwatch
         self._driver = cuda_driver()
 
     def submit(
@@ -63,11 +67,15 @@ class Lane:
         stream, most = next(self._streams), self._most_blocks
         with _all_or_nothing():
             self._driver.wait(stream, before)
+            if self._stopwatch is not None:
+                self._stopwatch.begin(len(block_ids), stream)
             for start in range(0, len(block_ids) or 1, most):
                 end = start + most
                 self.movers[mover].submit(block_ids[start:end], slots[start:end], stream)
                 ticket = CudaTicket(self._events, stream)
                 self._ids.lend(ticket)
+            if self._stopwatch is not None:
+                self._stopwatch.end(len(block_ids), stream)
         return ticket
 
     def submit_runs(
@@ -85,11 +93,15 @@ class Lane:
         tickets = []
         with _all_or_nothing():
             self._driver.wait(stream, before)
+            if self._stopwatch is not None:
+                self._stopwatch.begin(len(block_ids), stream)
             rows = self._ids.write(block_ids, slots)
             for runs in parts:
                 mover.launch(rows, len(block_ids), stream, runs)
                 tickets.append(CudaTicket(self._events, stream))
             self._ids.lend(tickets[-1])
+            if self._stopwatch is not None:
+                self._stopwatch.end(len(block_ids), stream)
         return tickets
 
 

@@ -40,6 +40,25 @@ class Counters:
     """Slots of the pool for which a rank had no memory."""
     unwaited_layers: int = 0
     """Layers that ran before their load was known to have ended; none ever should."""
+    disk_survivors: int = 0
+    """Blocks found on disk at start."""
+    disk_written_blocks: int = 0
+    disk_written_bytes: int = 0
+    disk_read_blocks: int = 0
+    disk_read_bytes: int = 0
+    disk_read_seconds: float = 0.0
+    """From a fetch's plan to its last block."""
+    disk_failed_writes: int = 0
+    disk_failed_reads: int = 0
+    """Blocks that the disk did not give back as they were written; they are computed again."""
+    disk_late_reads: int = 0
+    """Requests that were computed because their blocks took too long to come from disk."""
+    disk_not_admitted: int = 0
+    """Times that the admission filter held a block to be not worth a write."""
+    disk_missed_writes: int = 0
+    """Blocks that left the host before their turn to be written."""
+    disk_hit_tokens: int = 0
+    """Of `hit_tokens`, those that were fetched from disk."""
 
     def as_dict(self) -> dict[str, int | float]:
         """Name to number."""
@@ -48,13 +67,20 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """As things stand. Speeds are measured ones, 0 before there is a measure."""
+    """As things stand. Speeds are measured ones, 0 before there is a measure.
+
+    Those of transfers are of large ones of late, on the slowest rank, whatever ran beside them.
+    """
 
     slots: int = 0
     resident_slots: int = 0
     transfers_under_way: int = 0
     prefill_tokens_per_second: float = 0.0
     load_bytes_per_second: float = 0.0
+    store_bytes_per_second: float = 0.0
+    disk_slots: int = 0
+    disk_resident_slots: int = 0
+    disk_read_bytes_per_second: float = 0.0
 
     def as_dict(self) -> dict[str, int | float]:
         """Name to number."""

@@ -14,12 +14,13 @@ import numpy as np
 
 from kvortex.core import Direction, Job, StepPlan, StepReport
 from kvortex.metrics import Counters
+from kvortex.overflow import Overflow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvortex.block import Block
     from kvortex.core import BlockKey
-    from kvortex.index import Block
     from kvortex.policies import Place
     from kvortex.tiers import HostTier
 
@@ -43,11 +44,21 @@ class Flight:
 class OffloadScheduler:
     """Decides what moves. Bytes are readable only after every rank reported its store."""
 
-    def __init__(self, tier: HostTier, num_ranks: int = 1, slot_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        tier: HostTier,
+        num_ranks: int = 1,
+        slot_bytes: int = 0,
+        disk: HostTier | None = None,
+    ) -> None:
+        """`disk` is the tier of the workers' disks, if they have any."""
         self.tier = tier
         self._planned_slots = tier.index.num_slots
         self._block_bytes = slot_bytes * num_ranks
         self.counters = Counters()
+        self.overflow: Overflow | None = None
+        if disk is not None:
+            self.overflow = Overflow(tier, disk, self.counters, num_ranks, self._block_bytes)
         self._num_ranks = num_ranks
         self._flights: dict[int, Flight] = {}
         self._new: dict[Direction, list[Job]] = {Direction.STORE: [], Direction.LOAD: []}
@@ -58,12 +69,13 @@ class OffloadScheduler:
     @property
     def pending(self) -> bool:
         """Whether a job is planned or under way."""
-        return self.num_pending > 0
+        return self.num_pending > 0 or (self.overflow is not None and self.overflow.pending)
 
     @property
     def num_pending(self) -> int:
         """Jobs planned or under way."""
-        return len(self._flights)
+        on_disk = self.overflow.num_pending if self.overflow is not None else 0
+        return len(self._flights) + on_disk
 
     def wants(self, key: BlockKey) -> bool:
         """Whether a store of the key would add anything: it is neither readable nor arriving."""
@@ -118,7 +130,8 @@ class OffloadScheduler:
         """Everything planned since the last call, for the workers."""
         loads, stores = self._new[Direction.LOAD], self._new[Direction.STORE]
         lost = tuple(self._lost)
-        plan = StepPlan(tuple(loads), tuple(stores), has_forward, by_layer, step, lost)
+        disk = self.overflow.take_plan() if self.overflow is not None else None
+        plan = StepPlan(tuple(loads), tuple(stores), has_forward, by_layer, step, lost, disk)
         self._new = {Direction.STORE: [], Direction.LOAD: []}
         self._lost = []
         return plan
@@ -143,6 +156,8 @@ class OffloadScheduler:
         ]
         for flight in done:
             self._end(flight)
+        if self.overflow is not None and report.disk is not None:
+            self.overflow.settle(report.disk)
         return done
 
     def _take_in_pool(self, report: StepReport) -> None:
@@ -164,6 +179,8 @@ class OffloadScheduler:
         """Forget every block, also those that are only arriving."""
         self.discard_stores()
         self.tier.clear()
+        if self.overflow is not None:
+            self.overflow.reset()
 
     def _plan(
         self,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvortex.block import Block, State
 from kvortex.guarded_policy import GuardedPolicy
-from kvortex.index import Block, Index, State
+from kvortex.index import Index
 from kvortex.policies import Always
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
     from kvortex.core import BlockKey
     from kvortex.policies import AdmissionFilter, EvictionPolicy, Place
@@ -110,6 +111,17 @@ class HostTier:
         for key in keys[len(blocks) :]:
             self._arrived(key)
         return blocks
+
+    def adopt(self, slots: Mapping[BlockKey, int]) -> None:
+        """Blocks that were in this tier in a former life, the oldest first, are readable again."""
+        here = self.index
+        known = {
+            key: slot
+            for key, slot in slots.items()
+            if 0 <= slot < here.num_slots and here.get(key) is None and key not in self._arriving
+        }
+        for block in here.adopt(known):
+            self._policy.insert(block.key)
 
     def commit(self, blocks: Sequence[Block]) -> None:
         """The bytes are there: the keys become readable, the last first (see `touch`)."""

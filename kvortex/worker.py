@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from kvortex.copy_engine import CopyEngine, Ticket
+    from kvortex.disk_worker import DiskWorker
     from kvortex.host_pool import HostPool
     from kvortex.layout import Layout
 
@@ -38,8 +39,9 @@ class Worker:
     Never waits for the GPU and never raises for a copy that failed: that is data in the report.
     """
 
-    def __init__(self, copy_engine: CopyEngine) -> None:
+    def __init__(self, copy_engine: CopyEngine, disk: DiskWorker | None = None) -> None:
         self._copy_engine = copy_engine
+        self._disk = disk
         self._gate = LayerGate(copy_engine.layout.pages_of, copy_engine.fence)
         self._stores: tuple[Job, ...] = ()
         self._launches: list[_Launch] = []
@@ -55,7 +57,6 @@ class Worker:
         self._step: int | None = None
         self._unwaited_layers = 0
         self._logged = False
-        self._load_speed_to_tell = copy_engine.load_bytes_per_s
         self._told_slots: int | None = None
         self._pool_grows = copy_engine.pool.num_ready_slots < copy_engine.pool.num_slots
 
@@ -71,6 +72,8 @@ class Worker:
             self.store()
         self._forward_open = True
         self._step = plan.step
+        if plan.disk is not None and self._disk is not None:
+            self._disk.begin(plan.disk)
         self._bad_blocks.update(plan.lost_block_ids)
         self._misled = self._misled or bool(plan.lost_block_ids)
         awaited = [job for job in plan.loads if job.request_id is None]
@@ -111,13 +114,15 @@ class Worker:
             self._finished,
             frozenset(self._failed),
             num_slots,
-            self._load_speed_to_tell,
+            self._copy_engine.bytes_per_s(Direction.LOAD),
+            self._copy_engine.bytes_per_s(Direction.STORE),
             self._layered_loads,
             self._step,
             self._unwaited_layers,
             ready_slots,
+            self._disk.report() if self._disk is not None else None,
         )
-        self._finished, self._failed, self._load_speed_to_tell = {}, set(), None
+        self._finished, self._failed = {}, set()
         self._layered_loads = self._unwaited_layers = 0
         self._step = None
         return report

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pytest
 
 ROW = struct.Struct("qq")
+TICK = 1e-3
 
 
 def moved(to: int, source: int, nbytes: int) -> bool:
@@ -37,18 +38,23 @@ def moved(to: int, source: int, nbytes: int) -> bool:
 
 
 class Moment:
-    """One recording of an event."""
+    """One recording of an event, and the time at which it was reached."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], int]) -> None:
+        self._now = now
         self.reached = False
+        self.at = 0
 
     def reach(self) -> bool:
-        self.reached = True
+        self.reached, self.at = True, self._now()
         return True
 
 
 class SimulatedDriver:
-    """Stands in for CudaDriver. `fail_at` is the number of the call that fails, from now on."""
+    """Stands in for CudaDriver. `fail_at` is the number of the call that fails, from now on.
+
+    Time passes with what is copied: `TICK` seconds for each block of a kernel or piece of a copy.
+    """
 
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
@@ -61,15 +67,19 @@ class SimulatedDriver:
         self.current_stream = 0
         self._streams: dict[int, deque[Callable[[], bool]]] = {}
         self._numbers = itertools.count(1000)
+        self._timed: set[int] = set()
+        self.ticks = 0
 
     def __enter__(self) -> None:
         """As torch.cuda.device: nothing to switch here."""
 
     def __exit__(self, *_: object) -> None: ...
 
-    def create_event(self) -> int:
+    def create_event(self, *, timed: bool = False) -> int:
         self._count("create")
         event = next(self._numbers)
+        if timed:
+            self._timed.add(event)
         self.events[event] = None
         return event
 
@@ -78,7 +88,7 @@ class SimulatedDriver:
 
     def record(self, event: int, stream: int) -> None:
         self._count("record")
-        moment = self.events[event] = Moment()
+        moment = self.events[event] = Moment(lambda: self.ticks)
         self._put(stream, moment.reach)
 
     def wait(self, stream: int, event: int) -> None:
@@ -93,10 +103,20 @@ class SimulatedDriver:
             self._step()
         return moment is None or moment.reached
 
+    def seconds_between(self, first: int, last: int) -> float:
+        self._count("elapsed")
+        assert {first, last} <= self._timed
+        began, ended = self.events[first], self.events[last]
+        assert began is not None
+        assert ended is not None
+        assert began.reached
+        assert ended.reached
+        return (ended.at - began.at) * TICK
+
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
         self._count("copy")
         self._require_one_piece(to, source, nbytes)
-        self._put(stream, partial(moved, to, source, nbytes))
+        self._put(stream, partial(self._ticking, partial(moved, to, source, nbytes)))
 
     def copy_batch(
         self, to: np.ndarray, source: np.ndarray, sizes: np.ndarray, stream: int
@@ -104,12 +124,12 @@ class SimulatedDriver:
         self._count("batch")
         for piece in zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True):
             self._require_one_piece(*piece)
-            self._put(stream, partial(moved, *piece))
+            self._put(stream, partial(self._ticking, partial(moved, *piece)))
 
     def launch(self, stream: int, blocks: Iterator[Callable[[], bool]]) -> None:
         self._count("launch")
         for block in blocks:
-            self._put(stream, block)
+            self._put(stream, partial(self._ticking, block))
 
     def current_context(self) -> int:
         return 1
@@ -129,6 +149,10 @@ class SimulatedDriver:
         for address in (to, source):
             inside = range(address + 1, address + nbytes)
             assert not any(start in inside for start in self.pieces), "a copy spans two pieces"
+
+    def _ticking(self, work: Callable[[], bool]) -> bool:
+        self.ticks += 1
+        return work()
 
     def _put(self, stream: int, work: Callable[[], bool]) -> None:
         self._streams.setdefault(stream, deque()).append(work)
@@ -206,7 +230,14 @@ class SimulatedStream:
 def simulate(patch: pytest.MonkeyPatch, driver: SimulatedDriver, **constants: Any) -> None:
     """Put the simulation under the engine; constants are `module.NAME` with dots as `__`."""
     SimulatedKernel.driver = driver
-    modules = ("cuda_ticket", "lane", "cuda_copy_engine", "movers.staged", "movers.dma")
+    modules = (
+        "cuda_ticket",
+        "cuda_stopwatch",
+        "lane",
+        "cuda_copy_engine",
+        "movers.staged",
+        "movers.dma",
+    )
     for module in modules:
         patch.setattr(f"kvortex.{module}.cuda_driver", lambda: driver)
     patch.setattr("kvortex.movers.factory.PagedKernel", SimulatedKernel)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import kvortex
 from kvortex import ConfigError, KVortexConfig
+from kvortex.config import FROM_ELSEWHERE
 
 REFUSED: list[tuple[str, Any, str]] = [
     ("ram_pool_gb", 0, "greater than 0"),
@@ -54,6 +55,36 @@ def test_unknown_setting_names_the_known_ones() -> None:
         "ram_pool_gb, num_cuda_streams, numa_node, eviction_policy, admission, load, "
         "min_load_tokens, trace_path"
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("cpu_bytes_to_use", 8 << 30, "write ram_pool_gb=8"),
+        ("cpu_bytes_to_use", 10**10, "write ram_pool_gb=9.31323"),
+        ("cpu_bytes_to_use", "8GB", "write ram_pool_gb=<GiB>"),
+        ("cpu_bytes_to_use_per_rank", 1 << 29, "write ram_pool_gb=0.5 times the number of ranks"),
+        ("store_threshold", 2, 'write admission="second_sight" for 2 and more, else "always"'),
+        ("block_size", 48, "leave it out, KVortex moves vLLM's own blocks"),
+        ("max_local_cpu_size", 5.0, "write ram_pool_gb=5.0 times the number of ranks"),
+        ("lmcache.max_local_cpu_size", 5, "write ram_pool_gb=5 times the number of ranks"),
+        ("max_local_cpu_size", "5\n", r"write ram_pool_gb='5\n' times the number of ranks"),
+        ("local_cpu", True, "leave it out, host memory is always used"),
+    ],
+)
+def test_settings_of_other_connectors_are_translated(key: str, value: object, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        KVortexConfig.from_extra_config({key: value})
+    assert str(caught.value).endswith(f"={value!r}: {hint}")
+    assert str(caught.value).startswith("unknown setting ")
+
+
+def test_every_translation_leads_to_a_setting() -> None:
+    settings = KVortexConfig.model_fields
+    for key, hint in FROM_ELSEWHERE.items():
+        assert key not in settings
+        verb, what = hint.split(maxsplit=1)
+        assert verb == "leave" or (verb == "write" and what.split("=")[0] in settings)
 
 
 @pytest.mark.parametrize(

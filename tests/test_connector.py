@@ -394,7 +394,7 @@ def test_a_load_apart_that_fails_is_computed_again(
 
 
 def test_sleep_is_refused_where_vllm_does_not_tell_of_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from types import SimpleNamespace
 

@@ -402,3 +402,17 @@ def resources(device: torch.device) -> dict[str, int]:
         found["GPU memory"] = torch.cuda.mem_get_info()[0] * -1
         found["torch's GPU memory"] = torch.cuda.memory_allocated()
     return found
+
+
+def test_cpu_copies_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = make_layout({"a": torch.zeros(4, 16)})
+    monkeypatch.setattr("kvortex.copy_engine.LEAST_BYTES", 2 * layout.slot_bytes)
+    with HostPool(4, layout.slot_bytes, pinned=False) as pool:
+        engine = CpuCopyEngine(layout, pool)
+        engine.copy(STORE, ids(0), ids(0))
+        assert engine.bytes_per_s(STORE) is None
+        engine.copy(STORE, ids(0, 1), ids(0, 1))
+        assert engine.bytes_per_s(STORE)
+        assert engine.bytes_per_s(LOAD) is None
+        engine.copy(LOAD, ids(0, 1), ids(0, 1))
+        assert engine.bytes_per_s(LOAD)

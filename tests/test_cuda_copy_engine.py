@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from simulated_gpu import SimulatedDriver, simulate, simulated_engine
+from simulated_gpu import TICK, SimulatedDriver, simulate, simulated_engine
 
 from kvortex.calibration import DMA, STAGED, ZERO_COPY, Choice
 from kvortex.core import Direction, TransferError
+from kvortex.cuda_stopwatch import MOST_TIMED
 
 if TYPE_CHECKING:
     from kvortex.cuda_copy_engine import CudaCopyEngine
@@ -57,6 +59,7 @@ def test_exact_whatever_overtakes_what(
         cuda_copy_engine__ID_ROWS=draw.choice([64, 256, 4096]),
         movers__factory__BUFFER_BYTES=SLOT * draw.choice([2, 5, 16]),
         movers__staged__LEAST_CHUNK_BYTES=draw.choice([1, 2 * SLOT]),
+        cuda_stopwatch__LEAST_BYTES=draw.choice([1, 20 * SLOT]),
     )
     kv, engine = simulated_engine(
         monkeypatch,
@@ -108,6 +111,7 @@ def test_a_call_that_fails_leaves_nothing_under_way(
                 cuda_copy_engine__ID_ROWS=64,
                 movers__factory__BUFFER_BYTES=8 * SLOT,
                 movers__staged__LEAST_CHUNK_BYTES=SLOT,
+                cuda_stopwatch__LEAST_BYTES=1,
             )
             choice = Choice(mover, mover, 0, 0, 4)
             kv, engine = simulated_engine(patch, choice, blocks=BLOCKS, page=PAGE)
@@ -206,3 +210,103 @@ def test_what_cannot_be_opened_is_one_clear_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("kvortex.movers.factory.PagedKernel", broken)
     with pytest.raises(TransferError, match="cannot run KVortex's copies: libcuda"):
         simulated_engine(monkeypatch, CHOICES[0], blocks=4, page=PAGE)
+
+
+LINK = SLOT / TICK
+"""Bytes that a zero-copy kernel moves per second of the simulation, where nothing runs beside."""
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> tuple[SimulatedDriver, CudaCopyEngine]:
+    """An engine that times copies of ten blocks and more, and weighs all measures alike."""
+    driver = SimulatedDriver(0)
+    driver.eagerness = 0.0
+    simulate(
+        monkeypatch,
+        driver,
+        cuda_copy_engine__LAUNCH_BYTES=1,
+        cuda_stopwatch__LEAST_BYTES=10 * SLOT,
+        speedometer__KEPT=1.0,
+    )
+    return driver, simulated_engine(monkeypatch, CHOICES[3], blocks=BLOCKS, page=PAGE)[1]
+
+
+def speeds(engine: CudaCopyEngine) -> list[float | None]:
+    return [engine.bytes_per_s(direction) for direction in (STORE, LOAD)]
+
+
+def test_a_copy_is_timed_from_its_turn_to_its_end(
+    timed: tuple[SimulatedDriver, CudaCopyEngine],
+) -> None:
+    driver, engine = timed
+    assert speeds(engine) == pytest.approx([LINK, LINK])  # a probe both ways
+    for copy in (partial(engine.copy, STORE), partial(engine.copy, LOAD), engine.load_layers):
+        driver.launch(driver.current_stream, iter([lambda: True] * 500))  # it has to wait for this
+        copy(np.arange(40), np.arange(40))
+        speeds(engine)  # nothing is there to be read yet
+        driver.synchronize()
+    assert speeds(engine)[0] == pytest.approx(LINK)
+    pages = len(engine.layout.pages)  # each of which was one launch, and 40 ticks
+    assert speeds(engine)[1] == pytest.approx(LINK * (BLOCKS + 80) / (BLOCKS + 40 + 40 * pages))
+    engine.close()
+    assert speeds(engine)[0] == pytest.approx(LINK)
+    assert driver.events == {}
+
+
+def test_what_runs_beside_a_load_slows_it(timed: tuple[SimulatedDriver, CudaCopyEngine]) -> None:
+    driver, engine = timed
+    before = speeds(engine)[1]
+    engine.copy(LOAD, np.arange(60), np.arange(60))
+    engine.copy(STORE, np.arange(60, 120), np.arange(60, 120))
+    driver.synchronize()
+    now = speeds(engine)[1]
+    assert now is not None
+    assert before is not None
+    assert 0.6 * before < now < 0.9 * before
+    engine.close()
+
+
+@pytest.mark.parametrize("steps", [30, 60, 90, 120])
+def test_loads_that_overlap_share_their_seconds(
+    steps: int, timed: tuple[SimulatedDriver, CudaCopyEngine]
+) -> None:
+    driver, engine = timed
+    for start in range(0, 120, 40):
+        engine.copy(LOAD, np.arange(start, start + 40), np.arange(start, start + 40))
+        for _ in range(steps):
+            driver._step()
+    driver.synchronize()
+    assert speeds(engine)[1] == pytest.approx(LINK)
+    engine.close()
+
+
+def test_small_copies_and_too_many_are_not_timed(
+    timed: tuple[SimulatedDriver, CudaCopyEngine],
+) -> None:
+    driver, engine = timed
+    speeds(engine)
+    stopwatch = engine._stopwatches[LOAD]
+    for _ in range(3):
+        engine.copy(LOAD, np.arange(9), np.arange(9))
+    assert not stopwatch._under_way
+    driver.synchronize()
+    for _ in range(2 * MOST_TIMED):
+        engine.copy(LOAD, np.arange(10), np.arange(10))
+    assert len(stopwatch._under_way) == MOST_TIMED
+    driver.synchronize()
+    assert speeds(engine)[1] == pytest.approx(LINK, rel=0.1)
+    assert len(stopwatch._free) == MOST_TIMED
+    engine.close()
+    assert driver.events == {}
+
+
+def test_a_gpu_that_fails_is_not_asked_for_times(
+    timed: tuple[SimulatedDriver, CudaCopyEngine],
+) -> None:
+    driver, engine = timed
+    before = speeds(engine)
+    engine.copy(LOAD, np.arange(60), np.arange(60))
+    driver.synchronize()
+    driver.fail_at = 1
+    assert speeds(engine) == before
+    engine.close()

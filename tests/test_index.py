@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvortex.index import Block, Index, State
+from kvortex.block import Block, State
+from kvortex.index import Index
 
 A, B = b"a", b"b"
 

@@ -13,7 +13,7 @@ from kvortex.policies import LRU
 from kvortex.tiers import HostTier
 
 if TYPE_CHECKING:
-    from kvortex.index import Block
+    from kvortex.block import Block
 
 SLOTS = 12
 REQUESTS = st.text("ab", min_size=1, max_size=7)

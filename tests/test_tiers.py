@@ -10,7 +10,8 @@ from kvortex.tiers import HostTier
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvortex.index import Block, Index
+    from kvortex.block import Block
+    from kvortex.index import Index
 
 A, B, C, D = b"a", b"b", b"c", b"d"
 

@@ -35,8 +35,11 @@ from simulated_vllm import (
 
 from kvortex import KVortexConfig
 from kvortex.config import GIB
+from kvortex.core import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
@@ -384,3 +387,26 @@ def test_the_scheduler_loads_only_what_all_ranks_stored(
     reached += [] if loads_fail or late else ["aborted WAITING_FOR_REMOTE_KVS"]
     assert [what for what in reached if not seen[what]] == []
     assert bool(seen["failed_loads"]) is loads_fail
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"trace_path": "/no/such/folder/trace"}, "/no/such/folder/trace: cannot be written"),
+        ({"ram_pool_gb": 1e-9}, "ram_pool_gb=1e-09: one KV block takes"),
+    ],
+)
+def test_what_only_the_scheduler_can_refuse_is_one_line_in_the_log(
+    settings: dict[str, Any], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    transfer = KVortexConfig(**settings).kv_transfer_config()
+    config = vllm_config(tmp_path, overlap=False, connector=transfer)
+    logger = logging.getLogger("kvortex.connector.connector")
+    logger.addHandler(caplog.handler)
+    try:
+        with pytest.raises(ConfigError, match=reason):
+            make_scheduler(config, 8, overlap=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    (line,) = {record.getMessage() for record in caplog.records if record.name == logger.name}
+    assert line.startswith(f"KVortex cannot start: {reason}")

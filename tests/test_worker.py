@@ -51,6 +51,20 @@ def running(engine: CommandedCopyEngine) -> Worker:
     return worker
 
 
+def test_speeds_are_in_every_report_once_known(engine: CommandedCopyEngine) -> None:
+    worker = running(engine)
+    engine._speedometers[Direction.LOAD].note(100, 2.0)
+    engine._speedometers[Direction.STORE].note(100, 4.0)
+    assert worker.report() == StepReport(load_bytes_per_s=50.0, store_bytes_per_s=25.0)
+    assert worker.report() == StepReport(load_bytes_per_s=50.0, store_bytes_per_s=25.0)
+
+
+def test_the_slowest_link_counts() -> None:
+    fast, slow = StepReport(load_bytes_per_s=9.0), StepReport(load_bytes_per_s=5.0)
+    both = fast.merge(slow).merge(StepReport(store_bytes_per_s=7.0))
+    assert both == StepReport(load_bytes_per_s=5.0, store_bytes_per_s=7.0)
+
+
 def test_empty_plan_copies_nothing(engine: CommandedCopyEngine) -> None:
     worker = running(engine)
     worker.begin(StepPlan())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from kvortex.host_pool import require_free_memory
 from kvortex.plugins import load_admission, load_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     import torch
     from vllm.config import VllmConfig
@@ -57,6 +58,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@contextlib.contextmanager
+def _telling_why_not() -> Iterator[None]:
+    """Whatever KVortex refuses is one line in the log: vLLM shows it below many of its own."""
+    try:
+        yield
+    except KVortexError as error:
+        logger.error("KVortex cannot start: %s", error)
+        raise
+
+
 class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
     """Built by vLLM once in the scheduler's process and once in each worker's.
 
@@ -66,6 +77,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
 
     _cache_hit_source = HOST  # under which vLLM's metrics count our hits
 
+    @_telling_why_not()
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
@@ -85,11 +97,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             self._warn(reason)
             if self._geometry is not None:
-                self._scheduler = SchedulerSide(
-                    self._config,
-                    self._geometry,
-                    tells_failed_requests=KVConnectorTransferResults is not None,
-                )
+                self._scheduler = SchedulerSide(self._config, self._geometry)
                 told = vllm_config.kv_events_config
                 if told is not None and told.enable_kv_cache_events:
                     self._events = self._scheduler.tell_events()
@@ -112,15 +120,12 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
 
     # Worker side, in the order of a step
 
+    @_telling_why_not()
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Open the host pool for these tensors."""
         if self._geometry is None:
             return
-        try:
-            self._worker = WorkerSide(self._config, self._geometry, kv_caches)
-        except KVortexError as error:
-            logger.error("KVortex cannot start: %s", error)
-            raise
+        self._worker = WorkerSide(self._config, self._geometry, kv_caches)
 
     def unregister_kv_caches(self) -> None:
         """vLLM takes the KV cache's memory away, to sleep; since 0.33."""
@@ -163,23 +168,16 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         return None, self._worker.worker.take_arrived() or None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """As `get_finished`, and which of them failed; vLLM asks so since 0.32.
-
-        Where it can be told which blocks failed, it need not compute the others again.
-        """
+        """As `get_finished`, and which of them failed; vLLM asks so since 0.32."""
         results = KVConnectorTransferResults()
         if self._worker is not None:
             results.finished_recving = self._worker.worker.take_arrived()
-            failed = self._worker.worker.take_failed_requests()
-            results.failed_recving = set() if self._names_blocks else failed
+            results.failed_recving = self._worker.take_failed_requests()
         return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """GPU blocks that vLLM must compute again."""
-        if self._worker is None:
-            return set()
-        bad = self._worker.worker.take_bad_blocks()
-        return bad if self._names_blocks else set()
+        return self._worker.take_bad_blocks() if self._worker is not None else set()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What this rank finished, for `update_connector_output`."""
@@ -264,6 +262,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
     # Asked of the class, before there is an engine
 
     @classmethod
+    @_telling_why_not()
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         """No. As vLLM asks this first, a bad configuration is refused here, before any loading."""
         config = _checked_config(extra_config)
@@ -288,14 +287,6 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         """Counters for /metrics."""
         return KVortexPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
-    @property
-    def _names_blocks(self) -> bool:
-        """Whether vLLM is told which blocks failed to load, not which requests."""
-        cannot_name_requests = KVConnectorTransferResults is None
-        return self._geometry is None or (
-            self._geometry.recomputes_from_any_block or cannot_name_requests
-        )
-
     def _plan(self) -> StepPlan:
         message = self._get_connector_metadata()
         assert isinstance(message, PlanMessage)
@@ -312,14 +303,10 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def _checked_config(extra: dict[str, Any] | None) -> KVortexConfig:
-    """Raises ConfigError for a bad setting or an unknown policy, after one line in the log."""
-    try:
-        config = KVortexConfig.from_extra_config(extra)
-        load_policy(config.eviction_policy, capacity=1)
-        load_admission(config.admission, capacity=1)
-    except KVortexError as error:
-        logger.error("KVortex cannot start: %s", error)
-        raise
+    """Raises ConfigError for a bad setting or an unknown policy."""
+    config = KVortexConfig.from_extra_config(extra)
+    load_policy(config.eviction_policy, capacity=1)
+    load_admission(config.admission, capacity=1)
     return config
 
 
@@ -327,9 +314,9 @@ def _require_news_of_sleep(vllm_config: VllmConfig) -> None:
     """Raises ConfigError where vLLM would take the KV cache's memory away and not say so."""
     sleeps = vllm_config.model_config is not None and vllm_config.model_config.enable_sleep_mode
     if sleeps and not hasattr(KVConnectorBase_V1, "unregister_kv_caches"):
-        reason = "enable_sleep_mode=True: KVortex can sleep from vLLM 0.33 on only; turn it off"
-        logger.error("KVortex cannot start: %s", reason)
-        raise ConfigError(reason)
+        raise ConfigError(
+            "enable_sleep_mode=True: KVortex can sleep from vLLM 0.33 on only; turn it off"
+        )
 
 
 def _log_like_vllm() -> None:

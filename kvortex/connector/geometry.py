@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+CAN_NAME_REQUESTS = hasattr(KVConnectorBase_V1, "get_transfer_results")
+"""Whether vLLM can be told which requests failed to load: since 0.32."""
 WHOLE_PREFIX_SPECS = (FullAttentionSpec, MLAAttentionSpec)
 """Kinds of attention that look back to the beginning."""
 
@@ -42,10 +45,13 @@ class Geometry:
     num_ranks: int
 
     @property
-    def recomputes_from_any_block(self) -> bool:
-        """Whether vLLM can begin to compute again at a block whose load failed: it has no channel
-        for that with several groups, and a window's earlier blocks are not there."""
-        return self.reaches == (Reach(),)
+    def names_failed_blocks(self) -> bool:
+        """Whether vLLM is told which blocks failed to load, and computes again from the first one.
+
+        It has no channel for that with several groups, and a window's earlier blocks are not there.
+        So where it can be told of requests instead it is; then each has to wait apart for its load.
+        """
+        return self.reaches == (Reach(),) or not CAN_NAME_REQUESTS
 
 
 def unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:

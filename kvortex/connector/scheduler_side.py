@@ -48,12 +48,13 @@ class SchedulerSide:
     Args:
         config: of the connector.
         geometry: of the KV cache.
-        tells_failed_requests: whether this vLLM can be told that an asynchronous load failed.
+
+    Raises:
+        ConfigError: a pool without a slot, a policy that is not installed, a trace that cannot be
+            written.
     """
 
-    def __init__(
-        self, config: KVortexConfig, geometry: Geometry, *, tells_failed_requests: bool
-    ) -> None:
+    def __init__(self, config: KVortexConfig, geometry: Geometry) -> None:
         num_slots = slots_in_pool(config, geometry.slot_bytes, geometry.num_ranks)
         tier = HostTier(
             num_slots,
@@ -64,7 +65,7 @@ class SchedulerSide:
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
         self._config = config
         self._reaches = geometry.reaches
-        self._always_apart = tells_failed_requests and not geometry.recomputes_from_any_block
+        self._always_apart = not geometry.names_failed_blocks
         self._block_tokens = geometry.block_tokens
         self._pool: BlockPool | None = None
         self._tracked: dict[str, TrackedRequest] = {}
@@ -74,6 +75,7 @@ class SchedulerSide:
         self._running = 0
         self._loading_tokens = 0.0
         self._awaited_tokens = 0.0
+        self._store_bytes_per_s: float | None = None
 
     def tell_events(self) -> HostEvents:
         """Collect from now on what becomes readable in host memory, and what no longer is."""
@@ -100,6 +102,7 @@ class SchedulerSide:
             transfers_under_way=self.offload.num_pending,
             prefill_tokens_per_second=self.costs.prefill_tokens_per_s or 0.0,
             load_bytes_per_second=self.costs.load_bytes_per_s or 0.0,
+            store_bytes_per_second=self._store_bytes_per_s or 0.0,
         )
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
@@ -178,6 +181,8 @@ class SchedulerSide:
             self.costs.observe_step(*self._clock.end(message.report.step))
         if message.report.load_bytes_per_s is not None:
             self.costs.load_bytes_per_s = message.report.load_bytes_per_s
+        if message.report.store_bytes_per_s is not None:
+            self._store_bytes_per_s = message.report.store_bytes_per_s
         for flight in self.offload.settle(message.report):
             if flight.direction is Direction.STORE:
                 self._release(flight.job.id)

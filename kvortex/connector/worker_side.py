@@ -31,6 +31,7 @@ class WorkerSide:
         own = {name: kv_caches[name] for name in geometry.layer_names if name in kv_caches}
         layout = make_layout(own, geometry.num_gpu_blocks)
         self._layout = layout
+        self._names_blocks = geometry.names_failed_blocks
         self._num_streams = config.num_cuda_streams
         self._asleep = False
         num_slots = slots_in_pool(config, geometry.slot_bytes, geometry.num_ranks)
@@ -47,6 +48,16 @@ class WorkerSide:
             geometry.num_gpu_blocks * geometry.block_tokens,
             layout.device,
         )
+
+    def take_failed_requests(self) -> set[str]:
+        """Those to tell vLLM of; where it is told of blocks, it keeps what else they loaded."""
+        failed = self.worker.take_failed_requests()
+        return set() if self._names_blocks else failed
+
+    def take_bad_blocks(self) -> set[int]:
+        """Those to tell vLLM of."""
+        bad = self.worker.take_bad_blocks()
+        return bad if self._names_blocks else set()
 
     def sleep(self) -> None:
         """Let copies end and leave the GPU; the host's blocks stay. May be called twice."""

@@ -1,0 +1,203 @@
+"""RankFolder: the folder in which one rank keeps its cache, held by a lock; and its neighbours.
+
+    disk_path/<namespace>/rank-<n>/   lock, namespace.json, records, slots
+
+Everything below `disk_path` is reached through open folders and never through a symbolic link, and
+only files of these names are ever removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import stat
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+from kvortex.core import ConfigError
+from kvortex.disk.file import SAFE, open_own
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+LOCK, ABOUT, RECORDS, SLOTS = "lock", "namespace.json", "records", "slots"
+NEW_ABOUT = ABOUT + ".new"
+OWN_NAMES = (NEW_ABOUT, ABOUT, RECORDS, SLOTS, LOCK)
+"""In the order in which they are removed: the lock is the last."""
+ROOT_LOCK = ".kvortex-lock"
+OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+LONGEST_ABOUT = 1 << 20
+_NAMESPACE = re.compile(r"[0-9a-f]{32}")
+_RANK = re.compile(r"rank-\d{1,9}")
+
+
+class RankFolder:
+    """An open folder that no other server can open meanwhile; `fd` is its descriptor.
+
+    Opening it removes the caches under `disk_path` that belong to other namespaces and that no
+    server holds: what servers leave behind must not fill the disk. `removed` counts them.
+
+    Raises:
+        ConfigError: another server holds it, or something is there that is not ours.
+        OSError: it cannot be made or opened.
+    """
+
+    def __init__(self, root: Path, namespace: bytes, rank: int) -> None:
+        self.path = root / namespace.hex() / f"rank-{rank}"
+        with ExitStack() as stack:
+            root_fd = stack.enter_context(_made_root(root))
+            with held(root_fd, ROOT_LOCK):  # nobody removes what we are making
+                above = stack.enter_context(_made_folder(root_fd, namespace.hex()))
+                self.fd = stack.enter_context(_made_folder(above, self.path.name))
+                stack.enter_context(self._held_alone())
+                self.removed = remove_idle(root_fd, keep=namespace.hex())
+            self._held = stack.pop_all()
+
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """Keep `about` as JSON, for people who look into the folder."""
+        fd = open_own(self.fd, NEW_ABOUT, create=True)
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.truncate()
+            json.dump(dict(about), file, indent=1)
+        os.rename(NEW_ABOUT, ABOUT, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def close(self) -> None:
+        """Let others open it. May be called twice."""
+        self._held.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _held_alone(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(held(self.fd, LOCK, wait=False))
+            except BlockingIOError:
+                holder = _text(self.fd, LOCK, 32).strip() or "unknown"
+                raise ConfigError(
+                    f"another server (process {holder}) keeps its cache of the same model there; "
+                    "give each server a disk_path of its own"
+                ) from None
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+            yield
+
+
+def remove_idle(root: int, keep: str | None = None) -> int:
+    """Remove the caches under an open `disk_path` that no server holds; returns how many."""
+    return sum(_removed(root, name) for name in namespaces(root) if name != keep)
+
+
+def namespaces(root: int) -> list[str]:
+    """Names of the caches under an open `disk_path`."""
+    return sorted(name for name in os.listdir(root) if _NAMESPACE.fullmatch(name))
+
+
+def ranks(namespace: int) -> list[str]:
+    """Names of the folders in an open cache, one of each rank."""
+    found = [name for name in os.listdir(namespace) if _RANK.fullmatch(name)]
+    return sorted(found, key=lambda name: int(name[5:]))
+
+
+@contextmanager
+def opened_folder(name: str | Path, above: int | None = None) -> Iterator[int]:
+    """A descriptor of a folder; below `above` it must not be a symbolic link."""
+    flags = OPEN_FOLDER if above is None else OPEN_FOLDER | os.O_NOFOLLOW
+    fd = os.open(name, flags, dir_fd=above)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_about(rank: int) -> dict[str, Any]:
+    """What the folder says of itself, empty if that cannot be read."""
+    try:
+        about = json.loads(_text(rank, ABOUT, LONGEST_ABOUT))
+    except (ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def is_held(rank: int) -> bool:
+    """Whether a server has an open rank's folder in use."""
+    try:
+        with held(rank, LOCK, wait=False, create=False):
+            return False
+    except BlockingIOError:
+        return True
+    except (OSError, ConfigError):
+        return False
+
+
+def _text(folder: int, name: str, longest: int) -> str:
+    try:
+        with os.fdopen(os.open(name, os.O_RDONLY | SAFE, dir_fd=folder), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return ""
+            return file.read(longest).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+@contextmanager
+def _made_root(root: Path) -> Iterator[int]:
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    with opened_folder(root) as fd:
+        yield fd
+
+
+@contextmanager
+def _made_folder(above: int, name: str) -> Iterator[int]:
+    """A folder of ours, 0700."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=above)
+    if not stat.S_ISDIR(os.stat(name, dir_fd=above, follow_symlinks=False).st_mode):
+        raise ConfigError(f"{name} is a link or no folder; remove it or name another disk_path")
+    with opened_folder(name, above) as fd:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise ConfigError(f"{name} belongs to another user; name another disk_path")
+        os.fchmod(fd, 0o700)
+        yield fd
+
+
+@contextmanager
+def held(folder: int, name: str, *, wait: bool = True, create: bool = True) -> Iterator[int]:
+    """A locked file; BlockingIOError where another process has it and `wait` is off."""
+    fd = open_own(folder, name, create=create)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _removed(root: int, name: str) -> bool:
+    """Remove a cache with all its ranks if nobody holds one; what is not ours in it stays."""
+    try:
+        with opened_folder(name, root) as namespace, ExitStack() as stack:
+            found = ranks(namespace)
+            folders = [stack.enter_context(opened_folder(rank, namespace)) for rank in found]
+            for folder in folders:
+                stack.enter_context(held(folder, LOCK, wait=False))
+            for rank, folder in zip(found, folders, strict=True):
+                for own in OWN_NAMES:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(own, dir_fd=folder)
+                os.rmdir(rank, dir_fd=namespace)
+        os.rmdir(name, dir_fd=root)
+    except (OSError, ConfigError):
+        return False
+    return True

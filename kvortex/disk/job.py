@@ -1,0 +1,69 @@
+"""DiskJob: blocks that move between host and disk slots together. Shared by owner and lanes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from kvortex.core import BlockKey
+    from kvortex.disk.format import Digests
+    from kvortex.disk.slots import Status
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRead:
+    """One block's read, of which several lanes may read a part each."""
+
+    digests: Digests
+    ended: Iterator[int]
+    """Counts the parts that ended; one `next` is one step of the interpreter."""
+    broken: list[int]
+    """Not empty if a part was not read."""
+
+    @classmethod
+    def of(cls, pieces: int) -> BlockRead:
+        """A read that nobody began."""
+        return cls(np.zeros(pieces, np.uint64), itertools.count(1), [])
+
+
+@dataclass(slots=True, eq=False)
+class DiskJob:
+    """`keys[i]` between `host_slots[i]` and `disk_slots[i]`.
+
+    Lanes read it and set `reason`; all else that changes is the owner's.
+    """
+
+    id: int
+    keys: Sequence[BlockKey]
+    disk_slots: list[int]
+    host_slots: list[int]
+    deadline: float
+    """Second after which nobody waits for it any more."""
+    parts: int
+    reads: list[BlockRead] = field(default_factory=list)
+    """Of each block; empty if this is a write."""
+    generation: int = 0
+    """Of the first block that is written; the next ones follow."""
+    parts_left: list[int] = field(default_factory=list)
+    failed: dict[int, Status] = field(default_factory=dict)
+    is_late: bool = False
+    reason: str = ""
+    """Of the last error."""
+
+    def __post_init__(self) -> None:
+        self.parts_left = [self.parts] * len(self.keys)
+
+    def fail(self, position: int, status: Status) -> None:
+        """A block will not arrive; the first status it gets is kept."""
+        self.failed.setdefault(position, status)
+
+    def refuse(self, position: int, status: Status) -> None:
+        """A block that no lane got."""
+        self.parts_left[position] = 0
+        self.fail(position, status)

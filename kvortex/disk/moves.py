@@ -1,0 +1,128 @@
+"""Moves: how one block is written, read and checked. On the lanes' threads.
+
+Nothing here raises: what goes wrong is a status.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from kvortex.disk.format import combine
+from kvortex.disk.slots import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from threading import Event
+
+    from kvortex.disk.job import DiskJob
+    from kvortex.disk.slots import SlotFiles
+
+logger = logging.getLogger(__name__)
+
+ERASE = -1
+"""Instead of a job, with the slot as its position."""
+WRITE_PATIENCE_S = 5.0
+"""A block that could not be written so long after its appointment is given up: its host slot is
+needed."""
+
+
+class Moves:
+    """What lanes do with a row: job, position, part, parts, and microseconds of the clock.
+
+    Args:
+        files: of the disk slots.
+        memory: the host slots, one behind the other.
+        jobs: by id.
+        closing: set, nobody waits for an appointment any more.
+    """
+
+    def __init__(
+        self, files: SlotFiles, memory: memoryview, jobs: Mapping[int, DiskJob], closing: Event
+    ) -> None:
+        self._files = files
+        self._memory = memory
+        self._jobs = jobs
+        self._closing = closing
+
+    def write(self, row: list[int]) -> Status:
+        """Write a block when its time has come, or erase a slot."""
+        job_id, position, _part, _parts, start = row
+        if job_id == ERASE:
+            return _guarded(None, lambda: self._erase(position))
+        job = self._jobs[job_id]
+        now = microseconds(time.monotonic())
+        if now > start + microseconds(WRITE_PATIENCE_S):
+            return Status.LATE
+        if now < start and self._closing.wait((start - now) / 1e6):
+            return Status.REFUSED
+        return _guarded(job, lambda: self._write(job, position))
+
+    def read(self, row: list[int]) -> Status:
+        """Read a part of a block unless that is too late; the last part to end checks the whole."""
+        job_id, position, part, parts, deadline = row
+        job = self._jobs[job_id]
+        block = job.reads[position]
+        status = Status.LATE
+        if microseconds(time.monotonic()) <= deadline:
+            status = _guarded(job, lambda: self._read_part(job, position, part, parts))
+        if status is not Status.DONE:
+            block.broken.append(part)
+        if next(block.ended) == parts and not block.broken:
+            return self._checked(job, position)
+        return status
+
+    def _erase(self, slot: int) -> Status:
+        self._files.erase(slot)
+        return Status.DONE
+
+    def _write(self, job: DiskJob, position: int) -> Status:
+        self._files.write(
+            job.disk_slots[position],
+            job.keys[position],
+            job.generation + position,
+            self._host_block(job, position),
+        )
+        return Status.DONE
+
+    def _read_part(self, job: DiskJob, position: int, part: int, parts: int) -> Status:
+        slot, digests = job.disk_slots[position], job.reads[position].digests
+        record = self._files.record(slot)
+        if record is None or record.key != job.keys[position]:
+            return Status.STALE
+        first, end = (len(digests) * p // parts for p in (part, part + 1))
+        self._files.read(slot, self._host_block(job, position), digests, first, end)
+        return Status.DONE
+
+    def _checked(self, job: DiskJob, position: int) -> Status:
+        """Whether what is in memory now is what was written under this key."""
+        record = self._files.record(job.disk_slots[position])
+        if record is None or record.key != job.keys[position]:
+            return Status.STALE
+        ours = combine(job.reads[position].digests) == record.checksum
+        return Status.DONE if ours else Status.CORRUPT
+
+    def _host_block(self, job: DiskJob, position: int) -> memoryview:
+        size = self._files.slot_bytes
+        start = job.host_slots[position] * size
+        return self._memory[start : start + size]
+
+
+def microseconds(seconds: float) -> int:
+    """As a number for a ring."""
+    return int(seconds * 1e6)
+
+
+def _guarded(job: DiskJob | None, move: Callable[[], Status]) -> Status:
+    """An I/O thread outlives whatever happens in it."""
+    try:
+        return move()
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except Exception as error:
+        logger.exception("Disk cache: a block could not be moved.")
+        reason = repr(error)
+    if job is not None:
+        job.reason = reason
+    return Status.ERROR

@@ -1,0 +1,77 @@
+"""What a disk store tells of itself: what became of jobs, and counters as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from kvortex.disk.slots import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+_COUNTED_AS = {
+    Status.CORRUPT: "corrupt_blocks",
+    Status.STALE: "stale_blocks",
+    Status.LATE: "slow_blocks",
+    Status.REFUSED: "refused_blocks",
+}
+
+
+@dataclass(slots=True)
+class DiskCounters:
+    """Since start. A block is counted when its job ended."""
+
+    read_blocks: int = 0
+    read_bytes: int = 0
+    written_blocks: int = 0
+    written_bytes: int = 0
+    corrupt_blocks: int = 0
+    """Read, and not the bytes that were written."""
+    stale_blocks: int = 0
+    """Asked for in a slot that holds another key or none; and, at start, older copies of a key."""
+    invalid_records: int = 0
+    """At start: torn, moved, or somebody else's."""
+    failed_reads: int = 0
+    """Blocks that the drive failed to read."""
+    failed_writes: int = 0
+    slow_blocks: int = 0
+    """Blocks that were not read by their deadline, or not written in time."""
+    refused_blocks: int = 0
+    """Not tried: the drive is off, behind, or may not be written faster."""
+    times_off: int = 0
+    """How often reading or writing was switched off after errors."""
+    removed_namespaces: int = 0
+    """Caches of other models that were removed at start."""
+
+    def count_move(self, *, is_read: bool, blocks: int, slot_bytes: int) -> None:
+        """Blocks that arrived."""
+        if is_read:
+            self.read_blocks += blocks
+            self.read_bytes += blocks * slot_bytes
+        else:
+            self.written_blocks += blocks
+            self.written_bytes += blocks * slot_bytes
+
+    def count_failures(self, statuses: Collection[Status], *, is_read: bool) -> None:
+        """Blocks that did not."""
+        for status in statuses:
+            name = _COUNTED_AS.get(status) or ("failed_reads" if is_read else "failed_writes")
+            setattr(self, name, getattr(self, name) + 1)
+
+    def as_dict(self) -> dict[str, int]:
+        """Name to number."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskReport:
+    """What became of jobs since the last report.
+
+    `ended` has, per job, the positions that failed; its slots, host and disk, are free to be used.
+    `late` names reads that passed their deadline: what waits for them should compute instead. They
+    still hold their slots, and end in a later report.
+    """
+
+    ended: dict[int, frozenset[int]]
+    late: frozenset[int] = frozenset()

@@ -1,0 +1,202 @@
+"""SlotFiles: the files of one rank's cache; writes, reads and erases single slots. On I/O threads.
+
+A slot is written in the order record away, bytes, record. It is read together with its checksum.
+So whatever was interrupted or lost by the drive, a slot holds the bytes of its key or none.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from enum import IntEnum
+from threading import local
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from kvortex.disk.file import DiskFile
+from kvortex.disk.folder import RECORDS, SLOTS
+from kvortex.disk.format import (
+    NO_RECORD,
+    PAGE,
+    PIECE_BYTES,
+    RECORD_BYTES,
+    Record,
+    combine,
+    digest_pieces,
+    num_pieces,
+    peek,
+    stride,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvortex.core import BlockIds, BlockKey
+    from kvortex.disk.format import Digests, RecordFormat, Survivors
+
+    OpenFile = Callable[..., DiskFile]
+
+
+class Status(IntEnum):
+    """How a slot was read or written."""
+
+    DONE = 0
+    ERROR = 1
+    """The drive failed."""
+    CORRUPT = 2
+    """The bytes are not those that were written."""
+    STALE = 3
+    """The slot does not hold this key."""
+    LATE = 4
+    """It came too late to be tried."""
+    REFUSED = 5
+    """The store is off, closed, or has too much to do."""
+
+
+class SlotFiles:
+    """`num_slots` slots of `slot_bytes` in an open folder, and the table of their records.
+
+    Calls that change a slot come from one thread at a time. Blocks in memory start at a page, or
+    anywhere if `slot_bytes` is no multiple of one: then they are copied on their way.
+
+    Args:
+        folder: descriptor of the folder.
+        record_format: of the records.
+        num_slots: slots past it that are on the disk are given up.
+        open_file: makes a DiskFile.
+
+    Raises:
+        ConfigError, OSError: the files cannot be had.
+    """
+
+    def __init__(
+        self,
+        folder: int,
+        record_format: RecordFormat,
+        num_slots: int,
+        open_file: OpenFile = DiskFile,
+    ) -> None:
+        self.slot_bytes = record_format.slot_bytes
+        self._format = record_format
+        self.stride = stride(record_format.slot_bytes)
+        self._records = open_file(folder, RECORDS)
+        try:
+            self._slots = open_file(folder, SLOTS, direct=True)
+        except BaseException:
+            self._records.close()
+            raise
+        try:
+            self.preallocated = self._slots.allocate(num_slots * self.stride)
+            self._table = self._read_table(num_slots)
+            self.survivors: Survivors = record_format.read_table(memoryview(self._table))
+            self._forget_all_but(self.survivors.slots)
+        except BaseException:
+            self.close()
+            raise
+        self._in_place = not self.direct or record_format.slot_bytes % PAGE == 0
+        self._bounce = local()
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads and writes bypass the page cache."""
+        return self._slots.direct
+
+    def record(self, slot: int) -> Record | None:
+        """Whose bytes a slot holds."""
+        return peek(self._table, slot)
+
+    def held(self) -> list[int]:
+        """The slots that hold a block."""
+        rows = np.frombuffer(self._table, np.uint8).reshape(-1, RECORD_BYTES)
+        held: list[int] = np.flatnonzero(rows[:, 0]).tolist()
+        return held
+
+    def write(self, slot: int, key: BlockKey, generation: int, block: memoryview) -> None:
+        """Keep a block.
+
+        Raises:
+            OSError: the slot holds nothing.
+        """
+        self.erase(slot)
+        digests = np.zeros(num_pieces(len(block)), np.uint64)
+        digest_pieces(block, digests, 0, len(digests))
+        self._slots.write(self._padded(block), slot * self.stride)
+        record = Record(key, generation, combine(digests), int(time.time()))
+        self._put(slot, self._format.pack(slot, record))
+
+    def read(self, slot: int, block: memoryview, digests: Digests, first: int, end: int) -> None:
+        """Fill pieces `first` to `end` of a block, with their checksums, unverified.
+
+        Raises:
+            OSError: they could not be read.
+        """
+        part = block[first * PIECE_BYTES : end * PIECE_BYTES]
+        offset = slot * self.stride + first * PIECE_BYTES
+        if self._in_place:
+            self._slots.read(part, offset)
+        else:
+            padded = self._scratch(len(part))
+            self._slots.read(padded, offset)
+            part[:] = padded[: len(part)]
+        digest_pieces(block, digests, first, end)
+
+    def erase(self, slot: int) -> None:
+        """Have a slot hold nothing, also after a restart.
+
+        Raises:
+            OSError: after a restart it may hold again what it held.
+        """
+        self.forget(slot)
+        self._records.write(NO_RECORD, slot * RECORD_BYTES)
+
+    def forget(self, slot: int) -> None:
+        """Have a slot hold nothing until a restart; touches no file."""
+        self._table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = NO_RECORD
+
+    def sync(self) -> None:
+        """Have the drive keep what was written."""
+        self._slots.sync()
+        self._records.sync()
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._records.close()
+        self._slots.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_table(self, num_slots: int) -> bytearray:
+        table = bytearray(num_slots * RECORD_BYTES)
+        there = min(self._records.size, len(table))
+        self._records.read(memoryview(table)[:there], 0)
+        self._records.allocate(len(table))
+        return table
+
+    def _forget_all_but(self, slots: BlockIds) -> None:
+        rows = np.frombuffer(self._table, np.uint8).reshape(-1, RECORD_BYTES)
+        away = np.ones(len(rows), bool)
+        away[slots] = False
+        rows[away] = 0
+
+    def _put(self, slot: int, packed: bytes) -> None:
+        self._records.write(packed, slot * RECORD_BYTES)
+        self._table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = packed
+
+    def _padded(self, block: memoryview) -> memoryview:
+        if self._in_place:
+            return block
+        padded = self._scratch(len(block))
+        padded[: len(block)] = block
+        return padded
+
+    def _scratch(self, length: int) -> memoryview:
+        """This thread's own aligned memory, of whole pages."""
+        if not hasattr(self._bounce, "memory"):
+            self._bounce.memory = memoryview(mmap.mmap(-1, self.stride))
+        memory: memoryview = self._bounce.memory
+        return memory[: -(-length // PAGE) * PAGE]

@@ -1,0 +1,396 @@
+"""DiskStore: keeps blocks of one rank's host pool on a drive. Owned by one thread of a worker.
+
+The scheduler side owns keys, slot numbers and policy, and sends jobs. Here they are only put into
+rings; lanes, which are threads, do all reading, writing, waiting and checking.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from threading import Event
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from kvortex.bell import Bell
+from kvortex.config import GIB
+from kvortex.core import ConfigError
+from kvortex.disk.breaker import Breaker
+from kvortex.disk.file import DiskFile
+from kvortex.disk.folder import RankFolder
+from kvortex.disk.format import FORMAT, RecordFormat, num_pieces, stride
+from kvortex.disk.job import BlockRead, DiskJob
+from kvortex.disk.lane import Lane
+from kvortex.disk.moves import ERASE, WRITE_PATIENCE_S, Moves, microseconds
+from kvortex.disk.pace import Pace
+from kvortex.disk.report import DiskCounters, DiskReport
+from kvortex.disk.slots import SlotFiles, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    from kvortex.core import BlockKey
+    from kvortex.disk.format import Namespace, Survivors
+    from kvortex.disk.slots import OpenFile
+    from kvortex.host_pool import HostPool
+    from kvortex.spsc import Records
+
+logger = logging.getLogger(__name__)
+
+ROW = 5
+"""Numbers in a lane's row: job, position, part, parts, and microseconds of the clock."""
+CLOSE_S = 10.0
+"""For the lanes to end the row that each works on."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskOptions:
+    """How hard a drive is driven. As many threads read, or write, as its queue shall be deep."""
+
+    max_write_bytes_per_s: float | None = None
+    read_deadline_s: float = 1.0
+    """How long a read is worth waiting for."""
+    readers: int = 8
+    writers: int = 4
+
+
+def disk_slots_in_pool(disk_pool_gb: float, slot_bytes: int, num_ranks: int = 1) -> int:
+    """How many slots each rank's share of the disk pool holds.
+
+    Raises:
+        ConfigError: not even one.
+    """
+    num_slots = int(disk_pool_gb * GIB) // num_ranks // stride(slot_bytes)
+    if num_slots < 1:
+        least = stride(slot_bytes) * num_ranks / GIB
+        raise ConfigError(
+            f"disk_pool_gb={disk_pool_gb:g}: one KV block takes {stride(slot_bytes)} bytes of disk "
+            f"on each of {num_ranks} rank(s); use at least disk_pool_gb={least * 1.01:.3g}"
+        )
+    return num_slots
+
+
+class DiskStore:
+    """Blocks of a host pool on a drive, under `disk_path/<namespace>/rank-<n>`.
+
+    All calls come from one thread and none but `close` waits; nothing but opening raises. What
+    cannot be read or written is told by `poll`. The scheduler side must not touch the slots of a
+    job before it ended, nor erase or write a slot that another job uses.
+
+    Args:
+        disk_path: folder, made if it is not there; everything of other namespaces in it that no
+            server holds is removed.
+        namespace: what the bytes depend on.
+        rank: of this worker; each has a folder of its own.
+        num_slots: on the disk; set aside at once. More than before keeps what there is, less
+            gives up what is past the end.
+        pool: whose slots are written and read.
+        open_file: makes a DiskFile.
+
+    Raises:
+        ConfigError: the folder cannot be used; the message says why.
+    """
+
+    def __init__(
+        self,
+        disk_path: Path,
+        namespace: Namespace,
+        rank: int,
+        num_slots: int,
+        pool: HostPool,
+        options: DiskOptions = DiskOptions(),
+        open_file: OpenFile = DiskFile,
+    ) -> None:
+        self.counters = DiskCounters()
+        self.num_slots = num_slots
+        self.slot_bytes = pool.slot_bytes
+        self._memory = pool.bytes.view(-1).numpy().data
+        self._pieces = num_pieces(pool.slot_bytes)
+        self._read_deadline_s = options.read_deadline_s
+        self._pace = Pace(options.max_write_bytes_per_s)
+        self._reading = Breaker(f"reading from {disk_path}")
+        self._writing = Breaker(f"writing to {disk_path}")
+        self._jobs: dict[int, DiskJob] = {}
+        self._ended: dict[int, frozenset[int]] = {}
+        self._unerased: set[int] = set()
+        with ExitStack() as stack:
+            try:
+                self._open(stack, disk_path, namespace, rank, open_file)
+            except (ConfigError, OSError) as error:
+                size = num_slots * stride(pool.slot_bytes)
+                raise ConfigError(_cannot_use(disk_path, error, size)) from error
+            self._opened = stack.pop_all()
+        self._generation = 1 + int(max(self._files.survivors.generations, default=0))
+        self._answered = Bell()
+        self._closing = Event()
+        moves = Moves(self._files, self._memory, self._jobs, self._closing)
+        self._readers = self._start_lanes("kvortex-disk-read", options.readers, moves.read)
+        self._writers = self._start_lanes("kvortex-disk-write", options.writers, moves.write)
+        self._lanes = (*self._readers, *self._writers)
+
+    @property
+    def survivors(self) -> Survivors:
+        """What was on the disk when it was opened, as it was then."""
+        return self._files.survivors
+
+    @property
+    def direct(self) -> bool:
+        """Whether the page cache is bypassed."""
+        return self._files.direct
+
+    def write(
+        self,
+        job_id: int,
+        keys: Sequence[BlockKey],
+        host_slots: Sequence[int],
+        disk_slots: Sequence[int],
+    ) -> None:
+        """Have blocks copied to the disk, each replacing what its slot there holds."""
+        now = time.monotonic()
+        job = DiskJob(job_id, keys, list(disk_slots), list(host_slots), now, parts=1)
+        job.generation = self._generation
+        self._generation += len(keys)
+        allowed = not self._closing.is_set() and self._writing.allows(now)
+        starts = [self._pace.appoint(self.slot_bytes, now) if allowed else None for _ in keys]
+        job.deadline = max((s for s in starts if s is not None), default=now) + WRITE_PATIENCE_S
+        self._unerased.difference_update(job.disk_slots)
+        self._jobs[job_id] = job
+        rows: dict[Lane, list[tuple[int, ...]]] = {}
+        for position, (slot, start) in enumerate(zip(job.disk_slots, starts, strict=True)):
+            if start is None:
+                job.refuse(position, Status.REFUSED)
+            else:
+                row = (job_id, position, 0, 1, microseconds(start))
+                rows.setdefault(self._writer(slot), []).append(row)
+        for lane, own in rows.items():
+            self._push(job, lane, np.array(own, np.int64))
+        self._finish_if_ended(job)
+
+    def read(
+        self,
+        job_id: int,
+        keys: Sequence[BlockKey],
+        disk_slots: Sequence[int],
+        host_slots: Sequence[int],
+    ) -> None:
+        """Have blocks copied to host memory, where each is checked to be that of its key."""
+        now = time.monotonic()
+        count = len(keys)
+        parts = max(1, min(self._pieces, len(self._readers) // max(1, count)))
+        deadline = now + self._read_deadline_s
+        job = DiskJob(job_id, keys, list(disk_slots), list(host_slots), deadline, parts)
+        job.reads = [BlockRead.of(self._pieces) for _ in keys]
+        self._jobs[job_id] = job
+        if self._closing.is_set() or not self._reading.allows(now):
+            for position in range(count):
+                job.refuse(position, Status.REFUSED)
+        else:
+            until = microseconds(deadline)
+            rows = np.array(
+                [
+                    (job_id, position, part, parts, until)
+                    for position in range(count)
+                    for part in range(parts)
+                ],
+                np.int64,
+            ).reshape(-1, ROW)
+            lanes = sorted(self._readers, key=lambda lane: lane.under_way)
+            for number, lane in enumerate(lanes[: len(rows)]):
+                self._push(job, lane, rows[number :: len(lanes)])
+        self._finish_if_ended(job)
+
+    def erase(self, disk_slots: Iterable[int]) -> None:
+        """Have slots forgotten, now and after a restart."""
+        for slot in disk_slots:
+            self._files.forget(slot)
+            self._unerased.add(slot)
+        self._push_erases()
+
+    def clear(self) -> None:
+        """Have everything forgotten, also what is being written now."""
+        written = (job.disk_slots for job in self._jobs.values() if not job.reads)
+        self.erase({*self._files.held(), *itertools.chain.from_iterable(written)})
+
+    def poll(self) -> DiskReport:
+        """What became of jobs since the last call. After `close`, every job has ended."""
+        for lane in self._lanes:
+            for row in lane.answers():
+                self._settle(*row)
+        if self._closing.is_set():
+            self._abandon_all()
+        self._push_erases()
+        ended, self._ended = self._ended, {}
+        self.counters.times_off = self._reading.times_off + self._writing.times_off
+        return DiskReport(ended, self._newly_late(time.monotonic()))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleep until a lane answered since the last wait; returns whether one did."""
+        return bool(self._ended) or self._answered.wait(timeout)
+
+    def close(self) -> None:
+        """End what is being read and written, and give the rest up. May be called twice."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        for lane in self._lanes:
+            lane.wake()
+        deadline = time.monotonic() + CLOSE_S
+        stuck = [
+            lane for lane in self._lanes if not lane.join(max(0.0, deadline - time.monotonic()))
+        ]
+        if stuck:  # they still use the files, and memory of the pool
+            logger.warning("Disk cache: the drive has not answered; left to itself.")
+            return
+        try:
+            self._files.sync()
+        except OSError as error:
+            logger.warning("Disk cache: what was written last may be lost (%s).", error)
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(
+        self,
+        stack: ExitStack,
+        disk_path: Path,
+        namespace: Namespace,
+        rank: int,
+        open_file: OpenFile,
+    ) -> None:
+        digest = namespace.digest(self.slot_bytes)
+        folder = stack.enter_context(RankFolder(disk_path, digest, rank))
+        folder.describe(
+            {
+                "format": FORMAT,
+                "rank": rank,
+                "slot_bytes": self.slot_bytes,
+                "num_slots": self.num_slots,
+                "namespace": dict(namespace.description),
+            }
+        )
+        record_format = RecordFormat(digest, rank, self.slot_bytes)
+        self._files = stack.enter_context(
+            SlotFiles(folder.fd, record_format, self.num_slots, open_file)
+        )
+        _warn_of_lacks(disk_path, self._files)
+        if folder.removed:
+            logger.warning("Disk cache: removed %d caches of other models.", folder.removed)
+        self.counters.removed_namespaces = folder.removed
+        self.counters.invalid_records = self._files.survivors.invalid
+        self.counters.stale_blocks = len(self._files.survivors.stale)
+        self._unerased.update(self._files.survivors.stale.tolist())
+
+    def _start_lanes(
+        self, name: str, count: int, work: Callable[[list[int]], Status]
+    ) -> list[Lane]:
+        return [
+            Lane(f"{name}-{number}", ROW, work, self._answered, self._closing)
+            for number in range(count)
+        ]
+
+    def _writer(self, slot: int) -> Lane:
+        """All that changes a slot is done by one lane, in order."""
+        return self._writers[slot % len(self._writers)]
+
+    def _push(self, job: DiskJob, lane: Lane, rows: Records) -> None:
+        """What finds no room in the lane is refused."""
+        for row in rows[lane.push(rows) :].tolist():
+            job.refuse(row[1], Status.REFUSED)
+
+    def _push_erases(self) -> None:
+        """While writing is off, one at a time, which is as good a trial as a write."""
+        if not self._unerased or not self._writing.allows(time.monotonic()):
+            return
+        for slot in list(self._unerased)[: 1 if self._writing.is_off else None]:
+            row = np.array([(ERASE, slot, 0, 1, 0)], np.int64)
+            if self._writer(slot).push(row):
+                self._unerased.discard(slot)
+
+    def _settle(self, job_id: int, position: int, _part: int, _parts: int, status: int) -> None:
+        """Take in a lane's answer."""
+        if job_id == ERASE:
+            if status != Status.DONE:
+                self._unerased.add(position)
+            self._judge(self._writing, Status(status), "a record cannot be erased")
+            return
+        job = self._jobs[job_id]
+        self._judge(self._reading if job.reads else self._writing, Status(status), job.reason)
+        job.parts_left[position] -= 1
+        if status != Status.DONE:
+            job.fail(position, Status(status))
+        self._finish_if_ended(job)
+
+    @staticmethod
+    def _judge(breaker: Breaker, status: Status, reason: str) -> None:
+        if status is Status.DONE:
+            breaker.succeed()
+        elif status is Status.ERROR:
+            breaker.fail(time.monotonic(), reason)
+
+    def _finish_if_ended(self, job: DiskJob) -> None:
+        if any(left > 0 for left in job.parts_left):
+            return
+        del self._jobs[job.id]
+        moved, is_read = len(job.keys) - len(job.failed), bool(job.reads)
+        self.counters.count_move(is_read=is_read, blocks=moved, slot_bytes=self.slot_bytes)
+        self._ended[job.id] = frozenset(job.failed)
+        if job.failed:
+            self.counters.count_failures(job.failed.values(), is_read=is_read)
+            corrupt = [at for at, status in job.failed.items() if status is Status.CORRUPT]
+            self.erase(job.disk_slots[position] for position in corrupt)
+
+    def _newly_late(self, now: float) -> frozenset[int]:
+        """Reads that passed their deadline; a drive that lets any job wait so long is failing."""
+        late = [job for job in self._jobs.values() if now > job.deadline and not job.is_late]
+        for job in late:
+            job.is_late = True
+            breaker = self._reading if job.reads else self._writing
+            breaker.fail(now, "it does not answer in time")
+        return frozenset(job.id for job in late if job.reads)
+
+    def _abandon_all(self) -> None:
+        for job in list(self._jobs.values()):
+            for position, left in enumerate(job.parts_left):
+                if left > 0:
+                    job.refuse(position, Status.REFUSED)
+            self._finish_if_ended(job)
+
+
+def _warn_of_lacks(disk_path: Path, files: SlotFiles) -> None:
+    lacks = [
+        what
+        for what, there in (("O_DIRECT", files.direct), ("fallocate", files.preallocated))
+        if not there
+    ]
+    if lacks:
+        logger.warning(
+            "Disk cache: the file system of %s has no %s; it works, with less speed or less "
+            "certainty that there is room.",
+            disk_path,
+            " and no ".join(lacks),
+        )
+
+
+def _cannot_use(disk_path: Path, error: Exception, size: int) -> str:
+    """What is wrong with the folder, and what to write instead."""
+    told = f"disk_path={str(disk_path)!r}: "
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        room = os.statvfs(disk_path)
+        free = room.f_bavail * room.f_frsize / GIB
+        return (
+            f"{told}{free:.2f} GiB are free there, and a rank's share of disk_pool_gb is "
+            f"{size / GIB:.2f} GiB; lower disk_pool_gb"
+        )
+    reason = error.strerror if isinstance(error, OSError) else error
+    return f"{told}{reason}"

@@ -1,0 +1,271 @@
+"""What `kvortex disk` does: looks into a folder of caches, checks them, removes them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvortex.core import ConfigError, KVortexError
+from kvortex.disk.file import SAFE
+from kvortex.disk.folder import (
+    RECORDS,
+    ROOT_LOCK,
+    SLOTS,
+    held,
+    is_held,
+    namespaces,
+    opened_folder,
+    ranks,
+    read_about,
+    remove_idle,
+)
+from kvortex.disk.format import (
+    RECORD_BYTES,
+    RecordFormat,
+    combine,
+    digest_pieces,
+    num_pieces,
+    peek,
+    stride,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+LARGEST_SLOT = 1 << 32
+"""A description that speaks of more was not written by us."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheInfo:
+    """What one rank keeps under a namespace. Ages are in seconds."""
+
+    namespace: str
+    rank: int
+    in_use: bool
+    slot_bytes: int
+    slots: int
+    used: int
+    stale: int
+    """Older copies of a key."""
+    invalid: int
+    """Records that are torn or not ours."""
+    disk_bytes: int
+    newest_age: int | None
+    oldest_age: int | None
+    description: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Name to value, for JSON."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Verified:
+    """Blocks whose bytes are those that were written, and those whose are not."""
+
+    good: int = 0
+    corrupt: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Name to number."""
+        return asdict(self)
+
+
+def inspect(path: Path) -> list[CacheInfo]:
+    """Every rank's cache under a `disk_path`; also while servers run.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    return [_info(folder, namespace, rank) for namespace, rank, folder in _folders(path)]
+
+
+def verify(path: Path, progress: Callable[[int, int], None]) -> Verified:
+    """Read every block and compare its checksum.
+
+    Args:
+        path: a `disk_path` that no server uses.
+        progress: told blocks done and blocks in all.
+
+    Raises:
+        ConfigError: it cannot be read, or is in use.
+    """
+    _require_idle(path)
+    total, verified = sum(info.used for info in inspect(path)), Verified()
+    for namespace, rank, folder in _folders(path):
+        for good in _checks(folder, namespace, rank):
+            verified.good += good
+            verified.corrupt += not good
+            progress(verified.good + verified.corrupt, total)
+    return verified
+
+
+def clear(path: Path) -> int:
+    """Remove every cache under a `disk_path`; returns how many namespaces that were.
+
+    Raises:
+        ConfigError: one is in use; then nothing was removed.
+        KVortexError: not all could be removed.
+    """
+    _require_idle(path)
+    with _opened(path) as root, held(root, ROOT_LOCK):
+        removed = remove_idle(root)
+        if left := namespaces(root):
+            raise KVortexError(f"{path}: {len(left)} caches hold files that are not KVortex's")
+    return removed
+
+
+def table(infos: list[CacheInfo]) -> str:
+    """The caches in columns."""
+    head = ("namespace", "rank", "slots", "used", "block", "on disk", "newest", "oldest", "in use")
+    rows = [head, *(_row(info) for info in infos)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) for row in rows]
+    about = [
+        f"{info.namespace[:12]}: " + ", ".join(f"{k} {v}" for k, v in info.description.items())
+        for info in infos
+        if info.description and info.rank == 0
+    ]
+    return "\n".join(line.rstrip() for line in [*lines, *about])
+
+
+def _row(info: CacheInfo) -> tuple[str, ...]:
+    return (
+        info.namespace[:12],
+        str(info.rank),
+        str(info.slots),
+        str(info.used),
+        _size(info.slot_bytes),
+        _size(info.disk_bytes),
+        _age(info.newest_age),
+        _age(info.oldest_age),
+        "yes" if info.in_use else "no",
+    )
+
+
+def _folders(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Namespace, rank and open folder of each cache."""
+    with _opened(path) as root:
+        for namespace in namespaces(root):
+            try:
+                with opened_folder(namespace, root) as above:
+                    for rank in ranks(above):
+                        with opened_folder(rank, above) as folder:
+                            yield namespace, int(rank.removeprefix("rank-")), folder
+            except OSError:
+                continue  # a link, or removed meanwhile
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        with opened_folder(path) as root:
+            yield root
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+
+
+def _require_idle(path: Path) -> None:
+    for namespace, rank, folder in _folders(path):
+        if is_held(folder):
+            raise ConfigError(
+                f"{path}: a server uses {namespace[:12]} (rank {rank}); stop it first"
+            )
+
+
+def _info(folder: int, namespace: str, rank: int) -> CacheInfo:
+    about = read_about(folder)
+    slot_bytes = _slot_bytes(about)
+    packed = _read_records(folder)
+    found = RecordFormat(bytes.fromhex(namespace), rank, slot_bytes).read_table(memoryview(packed))
+    ages = int(time.time()) - found.written_at
+    description = about.get("namespace")
+    return CacheInfo(
+        namespace,
+        rank,
+        is_held(folder),
+        slot_bytes,
+        len(packed) // RECORD_BYTES,
+        len(found.slots),
+        len(found.stale),
+        found.invalid,
+        sum(_disk_bytes(folder, name) for name in (RECORDS, SLOTS)),
+        int(ages.min()) if len(ages) else None,
+        int(ages.max()) if len(ages) else None,
+        description if isinstance(description, dict) else {},
+    )
+
+
+def _checks(folder: int, namespace: str, rank: int) -> Iterator[bool]:
+    """Whether each block is what was written."""
+    slot_bytes = _slot_bytes(read_about(folder))
+    packed = _read_records(folder)
+    found = RecordFormat(bytes.fromhex(namespace), rank, slot_bytes).read_table(memoryview(packed))
+    digests = np.zeros(num_pieces(slot_bytes), np.uint64)
+    with _read_only(folder, SLOTS) as file:
+        for slot in sorted(found.slots.tolist()):
+            block = memoryview(os.pread(file, slot_bytes, slot * stride(slot_bytes)))
+            digest_pieces(block, digests, 0, len(digests))
+            record = peek(packed, slot)
+            whole = len(block) == slot_bytes
+            yield whole and record is not None and combine(digests) == record.checksum
+
+
+def _slot_bytes(about: dict[str, Any]) -> int:
+    told = about.get("slot_bytes")
+    return told if isinstance(told, int) and 0 < told < LARGEST_SLOT else 1
+
+
+def _read_records(folder: int) -> bytes:
+    try:
+        with _read_only(folder, RECORDS) as file:
+            size = os.fstat(file).st_size // RECORD_BYTES * RECORD_BYTES
+            packed = os.pread(file, size, 0)
+    except FileNotFoundError:
+        return b""
+    return packed[: len(packed) // RECORD_BYTES * RECORD_BYTES]
+
+
+@contextmanager
+def _read_only(folder: int, name: str) -> Iterator[int]:
+    """A descriptor of a regular file; of nothing where it is something else."""
+    fd = os.open(name, os.O_RDONLY | SAFE, dir_fd=folder)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise FileNotFoundError(name)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _disk_bytes(folder: int, name: str) -> int:
+    try:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False).st_blocks * 512
+    except OSError:
+        return 0
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
+def _age(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for unit, length in (("s", 60), ("min", 60), ("h", 24)):
+        if seconds < length:
+            return f"{seconds:.3g} {unit}"
+        seconds /= length
+    return f"{seconds:.3g} d"

@@ -1,0 +1,338 @@
+"""Overflow: copies host blocks to disk ahead of their eviction, and back ahead of need.
+
+Runs in vLLM's scheduler process, on its thread; the workers' disks hold the bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvortex.block import State
+from kvortex.core import DiskMove, DiskPlan, DiskReport
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Sequence
+
+    from kvortex.block import Block
+    from kvortex.core import BlockKey
+    from kvortex.metrics import Counters
+    from kvortex.policies import Place
+    from kvortex.tiers import HostTier
+
+WRITING_BYTES = 256 << 20
+"""May be on their way to the disk at once, as far as an eighth of the host pool."""
+FETCHED_SHARE = 2
+"""One over it is the share of the host pool that may be held for requests not scheduled yet."""
+MOVE_BLOCKS = 32
+"""Blocks that are read by one move: they become readable together."""
+MEASURED_BYTES = 32 << 20
+"""A fetch of less tells of latency, not of the disk's speed."""
+WEIGHT = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A move that workers have not ended yet."""
+
+    move: DiskMove
+    in_host: list[Block]
+    on_disk: list[Block]
+    ranks_left: int
+    fetch: Fetch | None = None
+    """None for a write."""
+    failed: set[int] = field(default_factory=set)
+    discard: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """What one request waits for."""
+
+    began: float
+    blocks: int = 0
+    moves_left: int = 0
+    held: list[Block] = field(default_factory=list)
+    """Pinned in the host until the request has taken them, or will not."""
+    released: bool = False
+
+    @property
+    def under_way(self) -> bool:
+        """Whether some of it is still being read."""
+        return self.moves_left > 0
+
+
+class Overflow:
+    """What RAM cannot hold.
+
+    Every block that the disk's admission filter wants is written soon after it came to the host, so
+    that it can leave the host at once when its slot is needed, and is there after a restart. What
+    leaves before its turn to be written is lost, and counted.
+
+    Args:
+        host: the tier of the host pool.
+        disk: the tier of the disk's slots; empty.
+        counters: those that begin with `disk` are counted here.
+        num_ranks: whose disks hold a part of each block.
+        block_bytes: of a block, on all ranks.
+    """
+
+    def __init__(
+        self,
+        host: HostTier,
+        disk: HostTier,
+        counters: Counters,
+        num_ranks: int = 1,
+        block_bytes: int = 0,
+    ) -> None:
+        self.disk = disk
+        self.read_bytes_per_s: float | None = None
+        self.known = False
+        """Whether the workers have told what is on their disks from a former life."""
+        self._host = host
+        self._counters = counters
+        self._num_ranks = num_ranks
+        self._block_bytes = block_bytes
+        self._waiting: dict[BlockKey, None] = {}
+        """To be written, in order of their coming."""
+        self._writing = 0
+        slots = host.index.num_slots
+        self._most_writing = max(1, min(slots // 8, WRITING_BYTES // max(1, block_bytes)))
+        self._most_held = slots // FETCHED_SHARE
+        self._held = 0
+        self._flights: dict[int, _Flight] = {}
+        self._ids = itertools.count()
+        self._fetches: dict[str, Fetch] = {}
+        self._writes: list[DiskMove] = []
+        self._reads: list[DiskMove] = []
+        self._clear = False
+
+    @property
+    def pending(self) -> bool:
+        """Whether a move is planned or under way, or blocks wait to be written."""
+        return bool(self._flights or self._waiting)
+
+    @property
+    def num_pending(self) -> int:
+        """Moves planned or under way."""
+        return len(self._flights)
+
+    @property
+    def readable(self) -> Container[BlockKey]:
+        """The keys whose bytes are in the host or can be fetched, as they are at any time."""
+        return _Union(self._host.readable, self.disk.readable)
+
+    def consider(self, key: BlockKey, place: Place) -> None:
+        """A block is in the host, or on its way there: have it written if that is worth it."""
+        if self.disk.lookup(key) is not None:
+            self.disk.touch((key,))
+        elif key not in self._waiting and not self.disk.is_arriving(key):
+            if self.disk.admits(key, place):
+                self._waiting[key] = None
+            else:
+                self._counters.disk_not_admitted += 1
+
+    def fetch(
+        self,
+        request_id: str,
+        keys: Sequence[BlockKey],
+        parents: Sequence[BlockKey | None],
+    ) -> Fetch:
+        """Begin to bring blocks to the host for a request, or tell how far that is.
+
+        Those that are there already are held, too. A request fetches once: what could not be read
+        then is computed. Call `release` once it has what it can have.
+        """
+        fetch = self._fetches.get(request_id)
+        if fetch is not None:
+            return fetch
+        fetch = self._fetches[request_id] = Fetch(time.perf_counter())
+        there = [block for key in keys if (block := self._host.lookup(key)) is not None]
+        self._hold(fetch, there)
+        rows = [
+            row
+            for row in zip(keys, parents, strict=True)
+            if self._host.lookup(row[0]) is None and self.disk.lookup(row[0]) is not None
+        ]
+        for start in range(0, len(rows), MOVE_BLOCKS):
+            if not self._read(fetch, rows[start : start + MOVE_BLOCKS]):
+                break
+        return fetch
+
+    def release(self, request_id: str) -> None:
+        """The request has taken what was fetched for it, or will not."""
+        fetch = self._fetches.pop(request_id, None)
+        if fetch is not None:
+            fetch.released = True
+            self._held -= len(fetch.held)
+            self._host.unpin(fetch.held)
+            fetch.held.clear()
+
+    def take_plan(self) -> DiskPlan | None:
+        """What the workers shall move next; None if nothing."""
+        self._write_some()
+        if not (self._writes or self._reads or self._clear):
+            return None
+        plan = DiskPlan(tuple(self._writes), tuple(self._reads), self._clear)
+        self._writes, self._reads, self._clear = [], [], False
+        return plan
+
+    def settle(self, report: DiskReport) -> None:
+        """Take in what the workers moved, and at first what is on their disks."""
+        if report.survivors is not None:
+            self._adopt(report.survivors)
+        if report.num_slots is not None:
+            self.disk.index.limit(report.num_slots)
+        for move_id, positions in report.failed.items():
+            if move_id in self._flights:
+                self._flights[move_id].failed |= positions
+        for move_id, ranks in report.finished.items():
+            flight = self._flights.get(move_id)
+            if flight is None:
+                continue
+            flight.ranks_left -= ranks
+            if flight.ranks_left <= 0:
+                del self._flights[move_id]
+                self._end(flight)
+
+    def reset(self) -> None:
+        """Forget every block, also those that only wait or are under way."""
+        for flight in self._flights.values():
+            flight.discard = True
+        self._waiting.clear()
+        self.disk.clear()
+        self._clear = True
+
+    def _adopt(self, survivors: dict[BlockKey, int]) -> None:
+        self.known = True
+        self.disk.adopt(survivors)
+        self._counters.disk_survivors += len(survivors)
+
+    def _hold(self, fetch: Fetch, blocks: Iterable[Block]) -> None:
+        """Keep blocks for a request, as long as not too many are kept for those that wait."""
+        for block in blocks:
+            if fetch.released or self._held >= self._most_held:
+                return
+            self._host.pin((block,))
+            fetch.held.append(block)
+            self._held += 1
+
+    def _read(self, fetch: Fetch, rows: Sequence[tuple[BlockKey, BlockKey | None]]) -> bool:
+        """Plan to read blocks; False if there is no room for more."""
+        room = self._most_held - self._held - fetch.moves_left * MOVE_BLOCKS
+        keys, parents = zip(*rows[: max(0, room)], strict=True) if room > 0 else ((), ())
+        in_host = self._host.reserve(keys, parents)
+        on_disk = [self.disk.lookup(block.key) for block in in_host]
+        found = [block for block in on_disk if block is not None]
+        assert len(found) == len(in_host)
+        if not in_host:
+            return False
+        self.disk.touch([block.key for block in in_host])
+        self.disk.pin(found)
+        self._reads.append(self._fly(in_host, found, fetch))
+        fetch.blocks += len(in_host)
+        fetch.moves_left += 1
+        return len(in_host) == len(rows)
+
+    def _write_some(self) -> None:
+        """Plan to write what waits, as much as may be on its way at once."""
+        if not self.known:  # a slot that looks free may hold a block of a former life
+            return
+        batch: list[Block] = []
+        room = self._most_writing - self._writing
+        for key in list(itertools.islice(self._waiting, max(0, 2 * room))):
+            if len(batch) == room:
+                break
+            block = self._host.lookup(key)
+            if block is not None:
+                batch.append(block)
+            elif self._host.is_arriving(key):
+                continue
+            else:
+                self._counters.disk_missed_writes += 1
+            del self._waiting[key]
+        on_disk = self.disk.reserve(
+            [block.key for block in batch], [block.parent for block in batch]
+        )
+        in_host = batch[: len(on_disk)]
+        if not in_host:
+            return
+        self._host.pin(in_host)
+        self._writing += len(in_host)
+        self._writes.append(self._fly(in_host, on_disk))
+
+    def _fly(
+        self, in_host: list[Block], on_disk: list[Block], fetch: Fetch | None = None
+    ) -> DiskMove:
+        move = DiskMove(
+            next(self._ids),
+            tuple(block.key for block in in_host),
+            np.fromiter((block.slot for block in in_host), np.int64, len(in_host)),
+            np.fromiter((block.slot for block in on_disk), np.int64, len(on_disk)),
+        )
+        self._flights[move.id] = _Flight(move, in_host, on_disk, self._num_ranks, fetch)
+        return move
+
+    def _end(self, flight: _Flight) -> None:
+        if flight.fetch is None:
+            self._end_write(flight)
+        else:
+            self._end_read(flight, flight.fetch)
+
+    def _end_write(self, flight: _Flight) -> None:
+        self._writing -= len(flight.in_host)
+        self._host.unpin(flight.in_host)
+        good, bad = _parted(flight.on_disk, flight)
+        self.disk.abort(bad)
+        self.disk.commit(good)
+        self._counters.disk_failed_writes += len(flight.failed)
+        self._counters.disk_written_blocks += len(good)
+        self._counters.disk_written_bytes += len(good) * self._block_bytes
+
+    def _end_read(self, flight: _Flight, fetch: Fetch) -> None:
+        self.disk.unpin(flight.on_disk)
+        good, bad = _parted(flight.in_host, flight)
+        self._host.abort(bad)
+        self._host.commit(good)
+        self.disk.forget(flight.on_disk[position] for position in flight.failed)
+        self._hold(fetch, [block for block in good if block.state is State.RESIDENT])
+        fetch.moves_left -= 1
+        self._counters.disk_failed_reads += len(flight.failed)
+        self._counters.disk_read_blocks += len(good)
+        self._counters.disk_read_bytes += len(good) * self._block_bytes
+        if not fetch.moves_left:
+            self._learn(fetch)
+
+    def _learn(self, fetch: Fetch) -> None:
+        """The disk's speed, from a fetch that ended."""
+        nbytes = fetch.blocks * self._block_bytes
+        seconds = time.perf_counter() - fetch.began
+        self._counters.disk_read_seconds += seconds
+        if nbytes < MEASURED_BYTES:
+            return
+        before = self.read_bytes_per_s or nbytes / seconds
+        self.read_bytes_per_s = before + WEIGHT * (nbytes / seconds - before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Union:
+    """What is in one container or the other."""
+
+    one: Container[BlockKey]
+    other: Container[BlockKey]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.one or key in self.other
+
+
+def _parted(blocks: Sequence[Block], flight: _Flight) -> tuple[list[Block], list[Block]]:
+    """Those whose bytes arrived and are still wanted, and the others."""
+    bad = set(range(len(blocks))) if flight.discard else flight.failed
+    return (
+        [block for position, block in enumerate(blocks) if position not in bad],
+        [block for position, block in enumerate(blocks) if position in bad],
+    )
