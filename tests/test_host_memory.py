@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -128,8 +129,11 @@ def test_the_gpu_refuses_what_is_pinned_already() -> None:
     torch.zeros(1, device="cuda")
     memory = HostMemory(4 * MIB)
     memory.pin(0, 2 * MIB)
-    with pytest.raises(MemoryError, match="already mapped"):
-        memory.pin(0, 2 * MIB)
+    with (  # a thread of its own, or this one's next use of CUDA would report the error
+        ThreadPoolExecutor(1) as thread,
+        pytest.raises(MemoryError, match="already mapped"),
+    ):
+        thread.submit(memory.pin, 0, 2 * MIB).result()
     assert memory.pinned_bytes == 2 * MIB
     assert memory.bytes.is_pinned()
     memory.close()
