@@ -90,10 +90,10 @@ class Preparation:
                     self._changed.notify_all()
 
     def _populate(self, threads: ThreadPoolExecutor, count: int, start: int) -> list[Future[None]]:
-        """Start populating the piece that begins at `start`, a part on each thread."""
+        """Start populating the piece that begins at `start`, if any, a part on each thread."""
         end = min(self._memory.size, start + self._piece_bytes)
-        part = -(-(end - start) // count // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
+        part = -(-self._piece_bytes // (count * CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
         return [
             threads.submit(self._memory.populate, first, min(part, end - first))
-            for first in range(start, end, part or 1)
+            for first in range(start, end, part)
         ]

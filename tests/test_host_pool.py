@@ -153,6 +153,24 @@ def test_nothing_can_be_prepared(pins: Registrations, caplog: pytest.LogCaptureF
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("cores", [1, 3, 64])
+@pytest.mark.parametrize("last", [1, 700, 4096])
+def test_every_page_is_populated_once(
+    cores: int, last: int, pins: Registrations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("kvortex.host_pool.PIECE_BYTES", 4096 * SLOT)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr(HostMemory, "populate", lambda _, *part: asked.append(part))
+    with HostPool(4096 + last, SLOT, pinned=True) as pool:
+        pool.wait_until_ready()
+        size = pool.bytes.numel()
+    asked.sort()
+    ends = [start + nbytes for start, nbytes in asked]
+    assert [start for start, _ in asked] == [0, *ends[:-1]]
+    assert ends[-1] == size
+
+
 def test_pages_run_out(pins: Registrations, monkeypatch: pytest.MonkeyPatch) -> None:
     populate = HostMemory.populate
 
