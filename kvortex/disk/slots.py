@@ -106,6 +106,12 @@ class SlotFiles:
         """Whose bytes a slot holds."""
         return peek(self._table, slot)
 
+    def used_slots(self) -> list[int]:
+        """Slots that hold a block."""
+        magic = np.frombuffer(self._table, "<u8")[:: RECORD_BYTES // 8]
+        used: list[int] = np.flatnonzero(magic).tolist()
+        return used
+
     def write(self, slot: int, key: BlockKey, generation: int, block: memoryview) -> None:
         """Keep a block.
 

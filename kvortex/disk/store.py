@@ -28,7 +28,7 @@ from kvortex.disk.job import BlockRead, DiskJob
 from kvortex.disk.lane import Lane
 from kvortex.disk.moves import ERASE, WRITE_PATIENCE_S, Moves, microseconds
 from kvortex.disk.pace import Pace
-from kvortex.disk.report import DiskCounters, DiskReport
+from kvortex.disk.report import DiskCounters, StoreReport
 from kvortex.disk.slots import SlotFiles, Status
 
 if TYPE_CHECKING:
@@ -212,7 +212,12 @@ class DiskStore:
             self._unerased.add(slot)
         self._push_erases()
 
-    def poll(self) -> DiskReport:
+    def clear(self) -> None:
+        """Have everything forgotten, also what is being written; reads under way find nothing."""
+        writing = (slot for job in self._jobs.values() if not job.reads for slot in job.disk_slots)
+        self.erase([*self._files.used_slots(), *writing])
+
+    def poll(self) -> StoreReport:
         """What became of jobs since the last call. After `close`, every job has ended."""
         for lane in self._lanes:
             for row in lane.answers():
@@ -222,7 +227,7 @@ class DiskStore:
         self._push_erases()
         ended, self._ended = self._ended, {}
         self.counters.times_off = self._reading.times_off + self._writing.times_off
-        return DiskReport(ended, self._newly_late(time.monotonic()))
+        return StoreReport(ended, self._newly_late(time.monotonic()))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until a lane answered since the last wait; returns whether one did."""
