@@ -119,6 +119,8 @@ class DiskStore:
         self._jobs: dict[int, DiskJob] = {}
         self._ended: dict[int, frozenset[int]] = {}
         self._unerased: set[int] = set()
+        """Slots to erase for which no lane had room yet."""
+        self._erasing: set[int] = set()
         with ExitStack() as stack:
             try:
                 self._open(stack, disk_path, namespace, rank, open_file)
@@ -159,7 +161,6 @@ class DiskStore:
         allowed = not self._closing.is_set() and self._writing.allows(now)
         starts = [self._pace.appoint(self.slot_bytes, now) if allowed else None for _ in keys]
         job.deadline = max((s for s in starts if s is not None), default=now) + WRITE_PATIENCE_S
-        self._unerased.difference_update(job.disk_slots)
         self._jobs[job_id] = job
         rows: dict[Lane, list[tuple[int, ...]]] = {}
         for position, (slot, start) in enumerate(zip(job.disk_slots, starts, strict=True)):
@@ -170,6 +171,7 @@ class DiskStore:
                 rows.setdefault(self._writer(slot), []).append(row)
         for lane, own in rows.items():
             self._push(job, lane, np.array(own, np.int64))
+        self._unerased -= {slot for at, slot in enumerate(job.disk_slots) if at not in job.failed}
         self._finish_if_ended(job)
 
     def read(
@@ -219,9 +221,7 @@ class DiskStore:
 
     def poll(self) -> StoreReport:
         """What became of jobs since the last call. After `close`, every job has ended."""
-        for lane in self._lanes:
-            for row in lane.answers():
-                self._settle(*row)
+        self._take_answers()
         if self._closing.is_set():
             self._abandon_all()
         self._push_erases()
@@ -234,7 +234,8 @@ class DiskStore:
         return bool(self._ended) or self._answered.wait(timeout)
 
     def close(self) -> None:
-        """End what is being read and written, and give the rest up. May be called twice."""
+        """End what is being read and written, and give the rest up; what was to be erased, or
+        replaced, is erased. May be called twice."""
         if self._closing.is_set():
             return
         self._closing.set()
@@ -248,6 +249,7 @@ class DiskStore:
             logger.warning("Disk cache: the drive has not answered; left to itself.")
             return
         try:
+            self._erase_the_rest()
             self._files.sync()
         except OSError as error:
             logger.warning("Disk cache: what was written last may be lost (%s).", error)
@@ -309,16 +311,25 @@ class DiskStore:
 
     def _push_erases(self) -> None:
         """While writing is off, one at a time, which is as good a trial as a write."""
-        if not self._unerased or not self._writing.allows(time.monotonic()):
+        if not self._unerased or self._closing.is_set():
+            return
+        if not self._writing.allows(time.monotonic()):
             return
         for slot in list(self._unerased)[: 1 if self._writing.is_off else None]:
             row = np.array([(ERASE, slot, 0, 1, 0)], np.int64)
             if self._writer(slot).push(row):
                 self._unerased.discard(slot)
+                self._erasing.add(slot)
+
+    def _take_answers(self) -> None:
+        for lane in self._lanes:
+            for row in lane.answers():
+                self._settle(*row)
 
     def _settle(self, job_id: int, position: int, _part: int, _parts: int, status: int) -> None:
         """Take in a lane's answer."""
         if job_id == ERASE:
+            self._erasing.discard(position)
             if status != Status.DONE:
                 self._unerased.add(position)
             self._judge(self._writing, Status(status), "a record cannot be erased")
@@ -357,6 +368,17 @@ class DiskStore:
             breaker = self._reading if job.reads else self._writing
             breaker.fail(now, "it does not answer in time")
         return frozenset(job.id for job in late if job.reads)
+
+    def _erase_the_rest(self) -> None:
+        """After the lanes have ended."""
+        self._take_answers()
+        rest = self._unerased | self._erasing
+        for job in self._jobs.values():
+            if not job.reads:
+                left = zip(job.disk_slots, job.parts_left, strict=True)
+                rest |= {slot for slot, parts in left if parts > 0}
+        for slot in rest:
+            self._files.erase(slot)
 
     def _abandon_all(self) -> None:
         for job in list(self._jobs.values()):
