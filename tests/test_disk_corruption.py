@@ -186,8 +186,9 @@ def test_what_cannot_be_a_record_is_counted(whole: Path) -> None:
     disk.records[:RECORD_BYTES] = os.urandom(RECORD_BYTES)
     disk.records[RECORD_BYTES : 2 * RECORD_BYTES] = NO_RECORD
     disk.records[3 * RECORD_BYTES + 60] ^= 1
+    disk.records[5 * RECORD_BYTES :] = disk.records[2 * RECORD_BYTES : 3 * RECORD_BYTES]
     disk.save()
     with opened(whole) as files:
-        assert files.survivors.invalid == 2
+        assert files.survivors.invalid == 3
         assert files.survivors.slots.tolist() == [2, 4]
         assert np.array_equal(files.used_slots(), [2, 4])

@@ -35,8 +35,8 @@ errors = st.sampled_from([errno.EIO, errno.ENOSPC, errno.EROFS])
 
 
 class DiskMachine(RuleBasedStateMachine):
-    """The model: `sure` is what must be read, `gone` are slots that must hold nothing, `ever` is all
-    that was ever written to a slot.
+    """The model: `sure` is what must be read, `gone` are slots that must hold nothing, and `ever` is
+    all that was ever written to a slot.
 
     What may be read of a slot under a key is only what was written there under it; of what a fault
     or a power cut touched, it may be nothing.
@@ -71,7 +71,7 @@ class DiskMachine(RuleBasedStateMachine):
                 assert there[slot] == key
 
     def unsure_of(self, key: bytes, version: int) -> bool:
-        """Whether a later write of the key may have survived, in a slot of which nothing is sure."""
+        """Whether a later write of the key may have survived in a slot that we are not sure of."""
         return any(
             max(versions) > version
             for (slot, k), versions in self.ever.items()

@@ -268,6 +268,18 @@ def test_every_job_ends_when_the_store_closes(tmp_path: Path) -> None:
         assert store.poll().ended == {3: {0}, 4: {0}}
 
 
+def test_what_was_to_be_erased_or_replaced_is_erased_when_the_store_closes(tmp_path: Path) -> None:
+    faults = Faults()
+    with opened(tmp_path, open_file=faults.open_file, writers=1) as (store, pool):
+        written(store, pool, SLOTS | {b"kept": 6})
+        faults.delay = 0.05
+        store.write(5, [b"x", b"y"], [1, 5], [1, 5])
+        store.erase([0])
+        time.sleep(0.02)  # the lane is at the first block
+    with opened(tmp_path) as (store, _):
+        assert set(store.survivors.keys) == {b"x", KEYS[2], b"kept"}
+
+
 def test_an_empty_job_ends(tmp_path: Path) -> None:
     with opened(tmp_path) as (store, _):
         store.write(1, [], [], [])
