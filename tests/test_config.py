@@ -26,6 +26,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("num_cuda_streams", 0, "greater than or equal to 1"),
     ("num_cuda_streams", 33, "less than or equal to 32"),
     ("num_cuda_streams", 1.5, "valid integer"),
+    ("disk_pool_gb", True, "should be a number (more than 0, at most 1048576; default None)"),
+    ("disk_pool_gb", 0, "greater than 0"),
+    ("disk_max_write_mb_s", -1, "greater than 0"),
+    ("disk_read_deadline_ms", 0, "greater than or equal to 1"),
+    ("disk_path", "", "at least 1 character"),
     ("eviction_policy", "", "at least 1 character"),
     ("eviction_policy", 7, "valid string"),
     ("eviction_policy", ["two\nlines"], "valid string"),
@@ -50,7 +55,7 @@ def test_unknown_setting_names_the_known_ones() -> None:
     assert str(caught.value) == (
         "unknown setting ram_pool_gib=3: the settings are "
         "ram_pool_gb, num_cuda_streams, eviction_policy, admission, load, min_load_tokens, "
-        "trace_path"
+        "trace_path, disk_path, disk_pool_gb, disk_max_write_mb_s, disk_read_deadline_ms"
     )
 
 
@@ -97,6 +102,23 @@ def test_limits_are_allowed(key: str, value: float) -> None:
     assert getattr(KVortexConfig(**{key: value}), key) == value
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"disk_path": "/d"}, "disk_path='/d': how much of it may be used? set disk_pool_gb too"),
+        ({"disk_pool_gb": 9}, "disk_pool_gb=9.0: where? set disk_path too"),
+        ({"disk_max_write_mb_s": 5}, "disk_max_write_mb_s=5.0: where? set disk_path too"),
+        ({"disk_read_deadline_ms": 5}, "disk_read_deadline_ms=5: where? set disk_path too"),
+    ],
+)
+def test_settings_of_the_disk_go_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        KVortexConfig(**settings)
+    assert str(caught.value) == message
+    whole = {"disk_path": "/d", "disk_pool_gb": 9.0} | settings
+    assert KVortexConfig(**whole).disk_path == "/d"
+
+
 def test_frozen() -> None:
     config = KVortexConfig()
     with pytest.raises(ValueError, match="frozen"):
@@ -123,6 +145,10 @@ def test_what_vllm_is_told() -> None:
             "load": "auto",
             "min_load_tokens": 0,
             "trace_path": None,
+            "disk_path": None,
+            "disk_pool_gb": None,
+            "disk_max_write_mb_s": None,
+            "disk_read_deadline_ms": 1000,
         },
     }
 

@@ -35,7 +35,7 @@ errors = st.sampled_from([errno.EIO, errno.ENOSPC, errno.EROFS])
 
 
 class DiskMachine(RuleBasedStateMachine):
-    """The model: `sure` is what must be read, `gone` are slots that must hold nothing, and `ever` is
+    """The model: `sure` is what must be read, `gone` are slots that must hold nothing, `ever` has
     all that was ever written to a slot.
 
     What may be read of a slot under a key is only what was written there under it; of what a fault
