@@ -235,7 +235,11 @@ class DiskStore:
 
     def close(self) -> None:
         """End what is being read and written, and give the rest up; what was to be erased, or
-        replaced, is erased. May be called twice."""
+        replaced, is erased. May be called twice.
+
+        A drive that does not answer within CLOSE_S keeps its threads and files, and its reads may
+        yet write to the pool's memory.
+        """
         if self._closing.is_set():
             return
         self._closing.set()
@@ -407,7 +411,8 @@ def _cannot_use(disk_path: Path, error: Exception, size: int) -> str:
     """What is wrong with the folder, and what to write instead."""
     told = f"disk_path={str(disk_path)!r}: "
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        room = os.statvfs(disk_path)
+        there = next(path for path in (disk_path, *disk_path.parents) if path.exists())
+        room = os.statvfs(there)
         free = room.f_bavail * room.f_frsize / GIB
         return (
             f"{told}{free:.2f} GiB are free there, and a rank's share of disk_pool_gb is "
