@@ -6,11 +6,8 @@ rings; lanes, which are threads, do all reading, writing, waiting and checking.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, Self
@@ -18,18 +15,16 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from kvortex.bell import Bell
-from kvortex.config import GIB
-from kvortex.core import ConfigError
 from kvortex.disk.breaker import Breaker
 from kvortex.disk.file import DiskFile
-from kvortex.disk.folder import RankFolder
-from kvortex.disk.format import FORMAT, RecordFormat, num_pieces, stride
+from kvortex.disk.format import num_pieces
 from kvortex.disk.job import BlockRead, DiskJob
 from kvortex.disk.lane import Lane
 from kvortex.disk.moves import ERASE, WRITE_PATIENCE_S, Moves, microseconds
+from kvortex.disk.opening import OpenCache
 from kvortex.disk.pace import Pace
 from kvortex.disk.report import DiskCounters, StoreReport
-from kvortex.disk.slots import SlotFiles, Status
+from kvortex.disk.slots import Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -58,22 +53,6 @@ class DiskOptions:
     """How long a read is worth waiting for."""
     readers: int = 8
     writers: int = 4
-
-
-def disk_slots_in_pool(disk_pool_gb: float, slot_bytes: int, num_ranks: int = 1) -> int:
-    """How many slots each rank's share of the disk pool holds.
-
-    Raises:
-        ConfigError: not even one.
-    """
-    num_slots = int(disk_pool_gb * GIB) // num_ranks // stride(slot_bytes)
-    if num_slots < 1:
-        least = stride(slot_bytes) * num_ranks / GIB
-        raise ConfigError(
-            f"disk_pool_gb={disk_pool_gb:g}: one KV block takes {stride(slot_bytes)} bytes of disk "
-            f"on each of {num_ranks} rank(s); use at least disk_pool_gb={least * 1.01:.3g}"
-        )
-    return num_slots
 
 
 class DiskStore:
@@ -121,14 +100,14 @@ class DiskStore:
         self._unerased: set[int] = set()
         """Slots to erase for which no lane had room yet."""
         self._erasing: set[int] = set()
-        with ExitStack() as stack:
-            try:
-                self._open(stack, disk_path, namespace, rank, open_file)
-            except (ConfigError, OSError) as error:
-                size = num_slots * stride(pool.slot_bytes)
-                raise ConfigError(_cannot_use(disk_path, error, size)) from error
-            self._opened = stack.pop_all()
-        self._generation = 1 + int(max(self._files.survivors.generations, default=0))
+        self._cache = OpenCache(disk_path, namespace, rank, num_slots, pool.slot_bytes, open_file)
+        self._files = self._cache.files
+        found = self._files.survivors
+        self.counters.removed_namespaces = self._cache.removed
+        self.counters.invalid_records = found.invalid
+        self.counters.stale_blocks = len(found.stale)
+        self._unerased.update(found.stale.tolist())
+        self._generation = 1 + int(max(found.generations, default=0))
         self._answered = Bell()
         self._closing = Event()
         moves = Moves(self._files, self._memory, self._jobs, self._closing)
@@ -257,44 +236,13 @@ class DiskStore:
             self._files.sync()
         except OSError as error:
             logger.warning("Disk cache: what was written last may be lost (%s).", error)
-        self._opened.close()
+        self._cache.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _open(
-        self,
-        stack: ExitStack,
-        disk_path: Path,
-        namespace: Namespace,
-        rank: int,
-        open_file: OpenFile,
-    ) -> None:
-        digest = namespace.digest(self.slot_bytes)
-        folder = stack.enter_context(RankFolder(disk_path, digest, rank))
-        folder.describe(
-            {
-                "format": FORMAT,
-                "rank": rank,
-                "slot_bytes": self.slot_bytes,
-                "num_slots": self.num_slots,
-                "namespace": dict(namespace.description),
-            }
-        )
-        record_format = RecordFormat(digest, rank, self.slot_bytes)
-        self._files = stack.enter_context(
-            SlotFiles(folder.fd, record_format, self.num_slots, open_file)
-        )
-        _warn_of_lacks(disk_path, self._files)
-        if folder.removed:
-            logger.warning("Disk cache: removed %d caches of other models.", folder.removed)
-        self.counters.removed_namespaces = folder.removed
-        self.counters.invalid_records = self._files.survivors.invalid
-        self.counters.stale_blocks = len(self._files.survivors.stale)
-        self._unerased.update(self._files.survivors.stale.tolist())
 
     def _start_lanes(
         self, name: str, count: int, work: Callable[[list[int]], Status]
@@ -390,33 +338,3 @@ class DiskStore:
                 if left > 0:
                     job.refuse(position, Status.REFUSED)
             self._finish_if_ended(job)
-
-
-def _warn_of_lacks(disk_path: Path, files: SlotFiles) -> None:
-    lacks = [
-        what
-        for what, there in (("O_DIRECT", files.direct), ("fallocate", files.preallocated))
-        if not there
-    ]
-    if lacks:
-        logger.warning(
-            "Disk cache: the file system of %s has no %s; it works, with less speed or less "
-            "certainty that there is room.",
-            disk_path,
-            " and no ".join(lacks),
-        )
-
-
-def _cannot_use(disk_path: Path, error: Exception, size: int) -> str:
-    """What is wrong with the folder, and what to write instead."""
-    told = f"disk_path={str(disk_path)!r}: "
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        there = next(path for path in (disk_path, *disk_path.parents) if path.exists())
-        room = os.statvfs(there)
-        free = room.f_bavail * room.f_frsize / GIB
-        return (
-            f"{told}{free:.2f} GiB are free there, and a rank's share of disk_pool_gb is "
-            f"{size / GIB:.2f} GiB; lower disk_pool_gb"
-        )
-    reason = error.strerror if isinstance(error, OSError) else error
-    return f"{told}{reason}"
