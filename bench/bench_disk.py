@@ -3,7 +3,7 @@
     python bench/bench_disk.py /mnt/nvme --commit $(git rev-parse --short HEAD)
 
 Appends rows to bench/results/disk.csv. fio writes and reads a file of the same size with O_DIRECT
-at the same depth, between our own rounds; its better engine counts.
+at the same depth, in turns with ours; its better engine counts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from results import append
+from xxhash import xxh3_64_intdigest
 
 from kvortex.disk import DiskOptions, DiskStore, Namespace
 from kvortex.disk.file import DiskFile
@@ -98,31 +99,47 @@ def fio(setup: Setup, verb: str, engine: str) -> float | None:
 
 
 def bandwidth(setup: Setup, rounds: int) -> list[dict[str, Any]]:
-    """Rounds of fio and of ours in turns; the first, which lays the files out, is left out."""
+    """Each round in an order drawn anew; the first, which lays the files out, is left out."""
     took: dict[tuple[str, str], list[float]] = {}
-    size = setup.pool.num_slots * setup.pool.slot_bytes
+    size, draw = setup.pool.num_slots * setup.pool.slot_bytes, random.Random(0)
     for number in range(rounds + 1):
         for verb in ("write", "read"):
-            found = {f"fio {engine}": fio(setup, verb, engine) for engine in ENGINES}
-            found["kvortex"] = size / moved(setup, verb)[0] / 1e9
-            for path, speed in found.items():
+            for path in draw.sample(["kvortex", *ENGINES], 1 + len(ENGINES)):
+                ours = path == "kvortex"
+                speed = size / moved(setup, verb)[0] / 1e9 if ours else fio(setup, verb, path)
                 if number and speed is not None:
-                    took.setdefault((verb, path), []).append(speed)
+                    took.setdefault((verb, path if ours else f"fio {path}"), []).append(speed)
     return [row(f"{verb} bandwidth", path, "GB/s", s) for (verb, path), s in took.items()]
 
 
 def cpu(setup: Setup, rounds: int) -> list[dict[str, Any]]:
-    """Of a block, all threads together, polled once a step."""
+    """Of a block, all threads together, polled once a step; and of what cannot be done without."""
     blocks = setup.pool.num_slots
-    return [
-        row(
-            f"{verb} CPU of a block",
-            "kvortex",
-            "us",
-            [moved(setup, verb, STEP_S)[1] / blocks * 1e6 for _ in range(rounds)],
-        )
-        for verb in ("write", "read")
-    ]
+    took: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds):
+        for verb in ("write", "read"):
+            for path, spent in (
+                ("kvortex", moved(setup, verb, STEP_S)[1]),
+                (f"bare p{verb}v and xxh3", bare_cpu(setup, verb)),
+            ):
+                took.setdefault((verb, path), []).append(spent / blocks * 1e6)
+    return [row(f"{verb} CPU of a block", path, "us", s) for (verb, path), s in took.items()]
+
+
+def bare_cpu(setup: Setup, verb: str) -> float:
+    """Seconds of CPU that one thread takes to move and to checksum the whole pool."""
+    size = setup.pool.slot_bytes
+    memory = setup.pool.bytes.view(-1).numpy().data
+    fd = os.open(next(setup.folder.rglob("slots")), os.O_RDWR | os.O_DIRECT)
+    move = os.pwritev if verb == "write" else os.preadv
+    start = time.process_time()
+    for slot in range(setup.pool.num_slots):
+        block = memory[slot * size : (slot + 1) * size]
+        move(fd, [block], slot * size)
+        xxh3_64_intdigest(block)
+    spent = time.process_time() - start
+    os.close(fd)
+    return spent
 
 
 def latency(setup: Setup, samples: int) -> list[dict[str, Any]]:
