@@ -29,6 +29,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("numa_node", -1, "greater than or equal to 0 (at least 0; default None)"),
     ("numa_node", 0.5, "valid integer"),
     ("numa_node", True, "should be a number"),
+    ("disk_pool_gb", True, "should be a number (more than 0, at most 1048576; default None)"),
+    ("disk_pool_gb", 0, "greater than 0"),
+    ("disk_max_write_mb_s", -1, "greater than 0"),
+    ("disk_read_deadline_ms", 0, "greater than or equal to 1"),
+    ("disk_path", "", "at least 1 character"),
     ("eviction_policy", "", "at least 1 character"),
     ("eviction_policy", 7, "valid string"),
     ("eviction_policy", ["two\nlines"], "valid string"),
@@ -53,7 +58,8 @@ def test_unknown_setting_names_the_known_ones() -> None:
     assert str(caught.value) == (
         "unknown setting ram_pool_gib=3: the settings are "
         "ram_pool_gb, num_cuda_streams, numa_node, eviction_policy, admission, load, "
-        "min_load_tokens, trace_path"
+        "min_load_tokens, trace_path, disk_path, disk_pool_gb, disk_max_write_mb_s, "
+        "disk_read_deadline_ms"
     )
 
 
@@ -100,6 +106,23 @@ def test_limits_are_allowed(key: str, value: float) -> None:
     assert getattr(KVortexConfig(**{key: value}), key) == value
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"disk_path": "/d"}, "disk_path='/d': how much of it may be used? set disk_pool_gb too"),
+        ({"disk_pool_gb": 9}, "disk_pool_gb=9.0: where? set disk_path too"),
+        ({"disk_max_write_mb_s": 5}, "disk_max_write_mb_s=5.0: where? set disk_path too"),
+        ({"disk_read_deadline_ms": 5}, "disk_read_deadline_ms=5: where? set disk_path too"),
+    ],
+)
+def test_settings_of_the_disk_go_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        KVortexConfig(**settings)
+    assert str(caught.value) == message
+    whole = {"disk_path": "/d", "disk_pool_gb": 9.0} | settings
+    assert KVortexConfig(**whole).disk_path == "/d"
+
+
 def test_frozen() -> None:
     config = KVortexConfig()
     with pytest.raises(ValueError, match="frozen"):
@@ -127,6 +150,10 @@ def test_what_vllm_is_told() -> None:
             "load": "auto",
             "min_load_tokens": 0,
             "trace_path": None,
+            "disk_path": None,
+            "disk_pool_gb": None,
+            "disk_max_write_mb_s": None,
+            "disk_read_deadline_ms": 1000,
         },
     }
 

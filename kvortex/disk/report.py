@@ -65,7 +65,7 @@ class DiskCounters:
 
 
 @dataclass(frozen=True, slots=True)
-class DiskReport:
+class StoreReport:
     """What became of jobs since the last report.
 
     `ended` has, per job, the positions that failed; its slots, host and disk, are free to be used.

@@ -106,11 +106,11 @@ class SlotFiles:
         """Whose bytes a slot holds."""
         return peek(self._table, slot)
 
-    def held(self) -> list[int]:
-        """The slots that hold a block."""
-        rows = np.frombuffer(self._table, np.uint8).reshape(-1, RECORD_BYTES)
-        held: list[int] = np.flatnonzero(rows[:, 0]).tolist()
-        return held
+    def used_slots(self) -> list[int]:
+        """Slots that hold a block."""
+        magic = np.frombuffer(self._table, "<u8")[:: RECORD_BYTES // 8]
+        used: list[int] = np.flatnonzero(magic).tolist()
+        return used
 
     def write(self, slot: int, key: BlockKey, generation: int, block: memoryview) -> None:
         """Keep a block.

@@ -6,12 +6,8 @@ rings; lanes, which are threads, do all reading, writing, waiting and checking.
 
 from __future__ import annotations
 
-import errno
-import itertools
 import logging
-import os
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, Self
@@ -19,18 +15,16 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from kvortex.bell import Bell
-from kvortex.config import GIB
-from kvortex.core import ConfigError
 from kvortex.disk.breaker import Breaker
 from kvortex.disk.file import DiskFile
-from kvortex.disk.folder import RankFolder
-from kvortex.disk.format import FORMAT, RecordFormat, num_pieces, stride
+from kvortex.disk.format import num_pieces
 from kvortex.disk.job import BlockRead, DiskJob
 from kvortex.disk.lane import Lane
 from kvortex.disk.moves import ERASE, WRITE_PATIENCE_S, Moves, microseconds
+from kvortex.disk.opening import OpenCache
 from kvortex.disk.pace import Pace
-from kvortex.disk.report import DiskCounters, DiskReport
-from kvortex.disk.slots import SlotFiles, Status
+from kvortex.disk.report import DiskCounters, StoreReport
+from kvortex.disk.slots import Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -59,22 +53,6 @@ class DiskOptions:
     """How long a read is worth waiting for."""
     readers: int = 8
     writers: int = 4
-
-
-def disk_slots_in_pool(disk_pool_gb: float, slot_bytes: int, num_ranks: int = 1) -> int:
-    """How many slots each rank's share of the disk pool holds.
-
-    Raises:
-        ConfigError: not even one.
-    """
-    num_slots = int(disk_pool_gb * GIB) // num_ranks // stride(slot_bytes)
-    if num_slots < 1:
-        least = stride(slot_bytes) * num_ranks / GIB
-        raise ConfigError(
-            f"disk_pool_gb={disk_pool_gb:g}: one KV block takes {stride(slot_bytes)} bytes of disk "
-            f"on each of {num_ranks} rank(s); use at least disk_pool_gb={least * 1.01:.3g}"
-        )
-    return num_slots
 
 
 class DiskStore:
@@ -120,14 +98,16 @@ class DiskStore:
         self._jobs: dict[int, DiskJob] = {}
         self._ended: dict[int, frozenset[int]] = {}
         self._unerased: set[int] = set()
-        with ExitStack() as stack:
-            try:
-                self._open(stack, disk_path, namespace, rank, open_file)
-            except (ConfigError, OSError) as error:
-                size = num_slots * stride(pool.slot_bytes)
-                raise ConfigError(_cannot_use(disk_path, error, size)) from error
-            self._opened = stack.pop_all()
-        self._generation = 1 + int(max(self._files.survivors.generations, default=0))
+        """Slots to erase for which no lane had room yet."""
+        self._erasing: set[int] = set()
+        self._cache = OpenCache(disk_path, namespace, rank, num_slots, pool.slot_bytes, open_file)
+        self._files = self._cache.files
+        found = self._files.survivors
+        self.counters.removed_namespaces = self._cache.removed
+        self.counters.invalid_records = found.invalid
+        self.counters.stale_blocks = len(found.stale)
+        self._unerased.update(found.stale.tolist())
+        self._generation = 1 + int(max(found.generations, default=0))
         self._answered = Bell()
         self._closing = Event()
         moves = Moves(self._files, self._memory, self._jobs, self._closing)
@@ -160,7 +140,6 @@ class DiskStore:
         allowed = not self._closing.is_set() and self._writing.allows(now)
         starts = [self._pace.appoint(self.slot_bytes, now) if allowed else None for _ in keys]
         job.deadline = max((s for s in starts if s is not None), default=now) + WRITE_PATIENCE_S
-        self._unerased.difference_update(job.disk_slots)
         self._jobs[job_id] = job
         rows: dict[Lane, list[tuple[int, ...]]] = {}
         for position, (slot, start) in enumerate(zip(job.disk_slots, starts, strict=True)):
@@ -171,6 +150,7 @@ class DiskStore:
                 rows.setdefault(self._writer(slot), []).append(row)
         for lane, own in rows.items():
             self._push(job, lane, np.array(own, np.int64))
+        self._unerased -= {slot for at, slot in enumerate(job.disk_slots) if at not in job.failed}
         self._finish_if_ended(job)
 
     def read(
@@ -214,28 +194,31 @@ class DiskStore:
         self._push_erases()
 
     def clear(self) -> None:
-        """Have everything forgotten, also what is being written now."""
-        written = (job.disk_slots for job in self._jobs.values() if not job.reads)
-        self.erase({*self._files.held(), *itertools.chain.from_iterable(written)})
+        """Have everything forgotten, also what is being written; reads under way find nothing."""
+        writing = (slot for job in self._jobs.values() if not job.reads for slot in job.disk_slots)
+        self.erase([*self._files.used_slots(), *writing])
 
-    def poll(self) -> DiskReport:
+    def poll(self) -> StoreReport:
         """What became of jobs since the last call. After `close`, every job has ended."""
-        for lane in self._lanes:
-            for row in lane.answers():
-                self._settle(*row)
+        self._take_answers()
         if self._closing.is_set():
             self._abandon_all()
         self._push_erases()
         ended, self._ended = self._ended, {}
         self.counters.times_off = self._reading.times_off + self._writing.times_off
-        return DiskReport(ended, self._newly_late(time.monotonic()))
+        return StoreReport(ended, self._newly_late(time.monotonic()))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until a lane answered since the last wait; returns whether one did."""
         return bool(self._ended) or self._answered.wait(timeout)
 
     def close(self) -> None:
-        """End what is being read and written, and give the rest up. May be called twice."""
+        """End what is being read and written, and give the rest up; what was to be erased, or
+        replaced, is erased. May be called twice.
+
+        A drive that does not answer within CLOSE_S keeps its threads and files, and its reads may
+        yet write to the pool's memory.
+        """
         if self._closing.is_set():
             return
         self._closing.set()
@@ -249,47 +232,17 @@ class DiskStore:
             logger.warning("Disk cache: the drive has not answered; left to itself.")
             return
         try:
+            self._erase_the_rest()
             self._files.sync()
         except OSError as error:
             logger.warning("Disk cache: what was written last may be lost (%s).", error)
-        self._opened.close()
+        self._cache.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _open(
-        self,
-        stack: ExitStack,
-        disk_path: Path,
-        namespace: Namespace,
-        rank: int,
-        open_file: OpenFile,
-    ) -> None:
-        digest = namespace.digest(self.slot_bytes)
-        folder = stack.enter_context(RankFolder(disk_path, digest, rank))
-        folder.describe(
-            {
-                "format": FORMAT,
-                "rank": rank,
-                "slot_bytes": self.slot_bytes,
-                "num_slots": self.num_slots,
-                "namespace": dict(namespace.description),
-            }
-        )
-        record_format = RecordFormat(digest, rank, self.slot_bytes)
-        self._files = stack.enter_context(
-            SlotFiles(folder.fd, record_format, self.num_slots, open_file)
-        )
-        _warn_of_lacks(disk_path, self._files)
-        if folder.removed:
-            logger.warning("Disk cache: removed %d caches of other models.", folder.removed)
-        self.counters.removed_namespaces = folder.removed
-        self.counters.invalid_records = self._files.survivors.invalid
-        self.counters.stale_blocks = len(self._files.survivors.stale)
-        self._unerased.update(self._files.survivors.stale.tolist())
 
     def _start_lanes(
         self, name: str, count: int, work: Callable[[list[int]], Status]
@@ -310,16 +263,25 @@ class DiskStore:
 
     def _push_erases(self) -> None:
         """While writing is off, one at a time, which is as good a trial as a write."""
-        if not self._unerased or not self._writing.allows(time.monotonic()):
+        if not self._unerased or self._closing.is_set():
+            return
+        if not self._writing.allows(time.monotonic()):
             return
         for slot in list(self._unerased)[: 1 if self._writing.is_off else None]:
             row = np.array([(ERASE, slot, 0, 1, 0)], np.int64)
             if self._writer(slot).push(row):
                 self._unerased.discard(slot)
+                self._erasing.add(slot)
+
+    def _take_answers(self) -> None:
+        for lane in self._lanes:
+            for row in lane.answers():
+                self._settle(*row)
 
     def _settle(self, job_id: int, position: int, _part: int, _parts: int, status: int) -> None:
         """Take in a lane's answer."""
         if job_id == ERASE:
+            self._erasing.discard(position)
             if status != Status.DONE:
                 self._unerased.add(position)
             self._judge(self._writing, Status(status), "a record cannot be erased")
@@ -359,38 +321,20 @@ class DiskStore:
             breaker.fail(now, "it does not answer in time")
         return frozenset(job.id for job in late if job.reads)
 
+    def _erase_the_rest(self) -> None:
+        """After the lanes have ended."""
+        self._take_answers()
+        rest = self._unerased | self._erasing
+        for job in self._jobs.values():
+            if not job.reads:
+                left = zip(job.disk_slots, job.parts_left, strict=True)
+                rest |= {slot for slot, parts in left if parts > 0}
+        for slot in rest:
+            self._files.erase(slot)
+
     def _abandon_all(self) -> None:
         for job in list(self._jobs.values()):
             for position, left in enumerate(job.parts_left):
                 if left > 0:
                     job.refuse(position, Status.REFUSED)
             self._finish_if_ended(job)
-
-
-def _warn_of_lacks(disk_path: Path, files: SlotFiles) -> None:
-    lacks = [
-        what
-        for what, there in (("O_DIRECT", files.direct), ("fallocate", files.preallocated))
-        if not there
-    ]
-    if lacks:
-        logger.warning(
-            "Disk cache: the file system of %s has no %s; it works, with less speed or less "
-            "certainty that there is room.",
-            disk_path,
-            " and no ".join(lacks),
-        )
-
-
-def _cannot_use(disk_path: Path, error: Exception, size: int) -> str:
-    """What is wrong with the folder, and what to write instead."""
-    told = f"disk_path={str(disk_path)!r}: "
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        room = os.statvfs(disk_path)
-        free = room.f_bavail * room.f_frsize / GIB
-        return (
-            f"{told}{free:.2f} GiB are free there, and a rank's share of disk_pool_gb is "
-            f"{size / GIB:.2f} GiB; lower disk_pool_gb"
-        )
-    reason = error.strerror if isinstance(error, OSError) else error
-    return f"{told}{reason}"

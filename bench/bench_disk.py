@@ -1,0 +1,285 @@
+"""What the disk store reaches of a drive, and what it costs, beside fio and a bare read.
+
+    python bench/bench_disk.py /mnt/nvme --commit $(git rev-parse --short HEAD)
+
+Appends rows to bench/results/disk.csv. fio writes and reads a file of the same size with O_DIRECT
+at the same depth, in turns with ours; its better engine counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any
+
+import torch
+from results import append
+from xxhash import xxh3_64_intdigest
+
+from kvortex.disk import DiskOptions, DiskStore, Namespace
+from kvortex.disk.file import DiskFile
+from kvortex.disk.format import Record, RecordFormat
+from kvortex.host_pool import HostPool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+ENGINES = ("libaio", "io_uring")
+NAMESPACE = Namespace(b"bench", {"bench": "disk"})
+STEP_S = 0.005
+"""Between two polls where CPU time is measured: a step of an engine."""
+INDEXED_BYTES = 100 * 10**9
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The store under test, and where fio works beside it."""
+
+    store: DiskStore
+    pool: HostPool
+    folder: Path
+    depth: int
+
+    @property
+    def keys(self) -> list[bytes]:
+        return [b"%032d" % number for number in range(self.pool.num_slots)]
+
+
+def wait_for(store: DiskStore, job: int, pause: float = 0) -> None:
+    while True:
+        if job in (ended := store.poll().ended):
+            if ended[job]:
+                raise SystemExit(f"{len(ended[job])} blocks failed: {store.counters}")
+            return
+        if pause:
+            time.sleep(pause)
+        else:
+            store.wait(1)
+
+
+def moved(setup: Setup, verb: str, pause: float = 0) -> tuple[float, float]:
+    """Seconds, and seconds of CPU, to move the whole pool."""
+    slots, store = list(range(setup.pool.num_slots)), setup.store
+    keys = setup.keys
+    cpu, start = time.process_time(), time.perf_counter()
+    (store.write if verb == "write" else store.read)(1, keys, slots, slots)
+    wait_for(store, 1, pause)
+    return time.perf_counter() - start, time.process_time() - cpu
+
+
+def fio(setup: Setup, verb: str, engine: str) -> float | None:
+    """GB/s, or None where fio has no such engine."""
+    command = [
+        "fio",
+        "--name=bench",
+        f"--filename={setup.folder / 'fio'}",
+        f"--size={setup.pool.num_slots * setup.pool.slot_bytes}",
+        f"--bs={setup.pool.slot_bytes}",
+        f"--rw={verb}",
+        f"--ioengine={engine}",
+        f"--iodepth={setup.depth}",
+        "--direct=1",
+        "--output-format=json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    return float(json.loads(done.stdout)["jobs"][0][verb]["bw_bytes"]) / 1e9
+
+
+def bandwidth(setup: Setup, rounds: int) -> list[dict[str, Any]]:
+    """Each round in an order drawn anew; the first, which lays the files out, is left out."""
+    took: dict[tuple[str, str], list[float]] = {}
+    size, draw = setup.pool.num_slots * setup.pool.slot_bytes, random.Random(0)
+    for number in range(rounds + 1):
+        for verb in ("write", "read"):
+            for path in draw.sample(["kvortex", *ENGINES], 1 + len(ENGINES)):
+                ours = path == "kvortex"
+                speed = size / moved(setup, verb)[0] / 1e9 if ours else fio(setup, verb, path)
+                if number and speed is not None:
+                    took.setdefault((verb, path if ours else f"fio {path}"), []).append(speed)
+    return [row(f"{verb} bandwidth", path, "GB/s", s) for (verb, path), s in took.items()]
+
+
+def cpu(setup: Setup, rounds: int) -> list[dict[str, Any]]:
+    """Of a block, all threads together, polled once a step; and of what cannot be done without."""
+    blocks = setup.pool.num_slots
+    took: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds):
+        for verb in ("write", "read"):
+            for path, spent in (
+                ("kvortex", moved(setup, verb, STEP_S)[1]),
+                (f"bare p{verb}v and xxh3", bare_cpu(setup, verb)),
+            ):
+                took.setdefault((verb, path), []).append(spent / blocks * 1e6)
+    return [row(f"{verb} CPU of a block", path, "us", s) for (verb, path), s in took.items()]
+
+
+def bare_cpu(setup: Setup, verb: str) -> float:
+    """Seconds of CPU that one thread takes to move and to checksum the whole pool."""
+    size = setup.pool.slot_bytes
+    memory = setup.pool.bytes.view(-1).numpy().data
+    fd = os.open(next(setup.folder.rglob("slots")), os.O_RDWR | os.O_DIRECT)
+    move = os.pwritev if verb == "write" else os.preadv
+    start = time.process_time()
+    for slot in range(setup.pool.num_slots):
+        block = memory[slot * size : (slot + 1) * size]
+        move(fd, [block], slot * size)
+        xxh3_64_intdigest(block)
+    spent = time.process_time() - start
+    os.close(fd)
+    return spent
+
+
+def latency(setup: Setup, samples: int) -> list[dict[str, Any]]:
+    """Of one block, by a bare read and by the store in turns, of slots drawn anew."""
+    draw, size, keys = random.Random(0), setup.pool.slot_bytes, setup.keys
+    slots = next(setup.folder.rglob("slots"))
+    memory = setup.pool.bytes.view(-1).numpy().data
+    took: dict[str, list[float]] = {"bare pread": [], "kvortex": []}
+    fd = os.open(slots, os.O_RDONLY | os.O_DIRECT)
+    try:
+        for number in range(samples):
+            one, other = (draw.randrange(setup.pool.num_slots) for _ in range(2))
+            start = time.perf_counter()
+            os.preadv(fd, [memory[one * size : (one + 1) * size]], one * size)
+            between = time.perf_counter()
+            setup.store.read(number, [keys[other]], [other], [other])
+            wait_for(setup.store, number)
+            end = time.perf_counter()
+            took["bare pread"].append((between - start) * 1e6)
+            took["kvortex"].append((end - between) * 1e6)
+    finally:
+        os.close(fd)
+    return [row("latency of a block", path, "us", times) for path, times in took.items()]
+
+
+class Sparse(DiskFile):
+    """Sets nothing aside: the table is what is measured."""
+
+    def allocate(self, size: int) -> bool:
+        os.ftruncate(self._fd, size)
+        return True
+
+
+def opening(folder: Path, slot_bytes: int, rounds: int) -> list[dict[str, Any]]:
+    """Of a store of 100 GB whose every slot holds a block, its table not in the page cache."""
+    num_slots = INDEXED_BYTES // slot_bytes
+    times = []
+    with HostPool(1, slot_bytes, pinned=False) as pool:
+        place = (folder / "index", NAMESPACE, 0, num_slots, pool, DiskOptions(), Sparse)
+        DiskStore(*place).close()
+        table = next((folder / "index").rglob("records"))
+        record_format = RecordFormat(NAMESPACE.digest(slot_bytes), 0, slot_bytes)
+        with table.open("r+b") as file:
+            for slot in range(num_slots):
+                record = Record(b"%032d" % slot, slot + 1, slot, 1)
+                file.write(record_format.pack(slot, record))
+        for _ in range(rounds):
+            drop(table)
+            start = time.perf_counter()
+            with DiskStore(*place) as store:
+                times.append((time.perf_counter() - start) * 1e3)
+                if len(store.survivors.keys) != num_slots:
+                    raise SystemExit("the table was not read whole")
+    return [row("opening of 100 GB", "kvortex", "ms", times)]
+
+
+def drop(path: Path) -> None:
+    """Out of the page cache."""
+    with path.open("rb") as file:
+        os.fdatasync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def row(what: str, path: str, unit: str, values: Sequence[float]) -> dict[str, Any]:
+    cuts = quantiles(values, n=10)
+    shown = {f"p{p}": round(cuts[p // 10 - 1], 3) for p in (20, 50, 80)}
+    return {"what": what, "path": path, "unit": unit, "samples": len(values), **shown}
+
+
+def drive(folder: Path) -> str:
+    """Model of the drive, and the file system on it."""
+    number = folder.stat().st_dev
+    system = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    found = subprocess.run(
+        ["findmnt", "-no", "FSTYPE", "-T", str(folder)], capture_output=True, text=True, check=False
+    )
+    for place in (system, system.parent):
+        if (place / "device" / "model").exists():
+            return f"{(place / 'device' / 'model').read_text().strip()} {found.stdout.strip()}"
+    return f"{system.name} {found.stdout.strip()}"
+
+
+def fio_version() -> str:
+    return subprocess.check_output(["fio", "--version"], text=True).strip()
+
+
+def facts(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": args.commit,
+        "device": drive(args.folder),
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "xxhash": version("xxhash"),
+        "fio": fio_version() if shutil.which("fio") else "",
+        "block_bytes": args.block_bytes,
+        "blocks": args.blocks,
+        "depth": args.depth,
+    }
+
+
+def measured(setup: Setup, args: argparse.Namespace) -> list[Callable[[], list[dict[str, Any]]]]:
+    return [
+        lambda: bandwidth(setup, args.rounds),
+        lambda: cpu(setup, args.rounds),
+        lambda: latency(setup, args.samples),
+        lambda: opening(setup.folder, args.block_bytes, args.rounds),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "folder", type=Path, help="on the drive; a folder is made in it, and removed"
+    )
+    parser.add_argument("--block-bytes", type=int, default=2 << 20)
+    parser.add_argument("--blocks", type=int, default=512)
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--commit", default="", help="commit under test")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/disk.csv"))
+    args = parser.parse_args()
+    about, work = facts(args), args.folder / "kvortex-bench"
+    options = DiskOptions(read_deadline_s=60, readers=args.depth, writers=args.depth)
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        pool = stack.enter_context(HostPool(args.blocks, args.block_bytes, pinned=False))
+        pool.bytes.random_(0, 256)
+        expected = pool.bytes.clone()
+        place = (work / "store", NAMESPACE, 0, args.blocks, pool, options)
+        setup = Setup(stack.enter_context(DiskStore(*place)), pool, work, args.depth)
+        for measure in measured(setup, args):
+            for found in measure():
+                append(args.out, about | found)
+                print(*found.values(), flush=True)
+        if not torch.equal(pool.bytes, expected):
+            raise SystemExit("what was read is not what was written: none of these figures count")
+
+
+if __name__ == "__main__":
+    main()

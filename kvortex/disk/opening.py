@@ -1,0 +1,111 @@
+"""OpenCache: one rank's cache, from the setting to open files, with refusals that help."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from kvortex.config import GIB
+from kvortex.core import ConfigError
+from kvortex.disk.folder import RankFolder
+from kvortex.disk.format import FORMAT, RecordFormat, stride
+from kvortex.disk.slots import SlotFiles
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvortex.disk.format import Namespace
+    from kvortex.disk.slots import OpenFile
+
+logger = logging.getLogger(__name__)
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class OpenCache:
+    """The folder of a rank and the `files` in it; `removed` counts caches that made room.
+
+    Raises:
+        ConfigError: it cannot be used; the message says why, and what to write instead.
+    """
+
+    def __init__(
+        self,
+        disk_path: Path,
+        namespace: Namespace,
+        rank: int,
+        num_slots: int,
+        slot_bytes: int,
+        open_file: OpenFile,
+    ) -> None:
+        digest = namespace.digest(slot_bytes)
+        record_format = RecordFormat(digest, rank, slot_bytes)
+        about = {
+            "format": FORMAT,
+            "rank": rank,
+            "slot_bytes": slot_bytes,
+            "num_slots": num_slots,
+            "namespace": dict(namespace.description),
+        }
+        with ExitStack() as stack:
+            try:
+                folder = stack.enter_context(RankFolder(disk_path, digest, rank))
+                folder.describe(about)
+                files = SlotFiles(folder.fd, record_format, num_slots, open_file)
+                self.files = stack.enter_context(files)
+            except (ConfigError, OSError) as error:
+                told = _cannot_use(disk_path, error, num_slots * stride(slot_bytes))
+                raise ConfigError(told) from error
+            self.removed = folder.removed
+            self._opened = stack.pop_all()
+        self._warn(disk_path)
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._opened.close()
+
+    def _warn(self, disk_path: Path) -> None:
+        if self.removed:
+            logger.warning("Disk cache: removed %d caches of other models.", self.removed)
+        there = (("O_DIRECT", self.files.direct), ("fallocate", self.files.preallocated))
+        if lacks := [what for what, has in there if not has]:
+            logger.warning(
+                "Disk cache: the file system of %s has no %s; it works, with less speed or less "
+                "certainty that there is room.",
+                disk_path,
+                " and no ".join(lacks),
+            )
+
+
+def disk_slots_in_pool(disk_pool_gb: float, slot_bytes: int, num_ranks: int = 1) -> int:
+    """How many slots each rank's share of the disk pool holds.
+
+    Raises:
+        ConfigError: not even one.
+    """
+    num_slots = int(disk_pool_gb * GIB) // num_ranks // stride(slot_bytes)
+    if num_slots < 1:
+        least = stride(slot_bytes) * num_ranks / GIB
+        raise ConfigError(
+            f"disk_pool_gb={disk_pool_gb:g}: one KV block takes {stride(slot_bytes)} bytes of disk "
+            f"on each of {num_ranks} rank(s); use at least disk_pool_gb={least * 1.01:.3g}"
+        )
+    return num_slots
+
+
+def _cannot_use(disk_path: Path, error: Exception, size: int) -> str:
+    """What is wrong with the folder, and what to write instead."""
+    told = f"disk_path={str(disk_path)!r}: "
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        there = next(path for path in (disk_path, *disk_path.parents) if path.exists())
+        room = os.statvfs(there)
+        free = room.f_bavail * room.f_frsize / GIB
+        return (
+            f"{told}{free:.2f} GiB are free there, and a rank's share of disk_pool_gb is "
+            f"{size / GIB:.2f} GiB; lower disk_pool_gb"
+        )
+    reason = error.strerror if isinstance(error, OSError) else error
+    return f"{told}{reason}"

@@ -1,0 +1,299 @@
+"""The folder of the disk cache: private, never shared, never another's; and `kvortex disk`."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from disks import NAMESPACE, SLOT_BYTES, block_bytes, opened, read, written
+
+from kvortex.cli import main
+from kvortex.core import ConfigError
+from kvortex.disk import Namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+OTHER = Namespace(b"other weights", {"model": "other"})
+BLOCKS = {b"a": 0, b"b": 3}
+
+
+def folder_of(path: Path, namespace: Namespace = NAMESPACE, rank: int = 0) -> Path:
+    return path / namespace.digest(SLOT_BYTES).hex() / f"rank-{rank}"
+
+
+def fill_disk(path: Path, namespace: Namespace = NAMESPACE, rank: int = 0) -> Path:
+    with opened(path, namespace=namespace, rank=rank) as (store, pool):
+        assert not written(store, pool, BLOCKS)
+    return folder_of(path, namespace, rank)
+
+
+def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        folder = fill_disk(tmp_path / "new" / "disk")
+    finally:
+        os.umask(before)
+    for path in (folder, folder.parent, folder.parent.parent):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    for path in folder.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    (folder / "slots").chmod(0o644)
+    folder.chmod(0o755)
+    fill_disk(tmp_path / "new" / "disk")
+    assert stat.S_IMODE((folder / "slots").stat().st_mode) == 0o600
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_the_disk_is_set_aside_and_no_more_than_that(tmp_path: Path) -> None:
+    folder = fill_disk(tmp_path)
+    assert (folder / "slots").stat().st_size == 8 * SLOT_BYTES
+    assert (folder / "slots").stat().st_blocks * 512 >= 8 * SLOT_BYTES
+    assert (folder / "records").stat().st_size == 8 * 128
+
+
+def test_a_folder_says_what_it_is(tmp_path: Path) -> None:
+    about = json.loads((fill_disk(tmp_path) / "namespace.json").read_text())
+    assert about == {
+        "format": "kvortex-disk-1",
+        "rank": 0,
+        "slot_bytes": SLOT_BYTES,
+        "num_slots": 8,
+        "namespace": {"model": "tiny", "dtype": "bfloat16"},
+    }
+
+
+def test_a_second_server_is_refused(tmp_path: Path) -> None:
+    with opened(tmp_path) as (store, pool):
+        written(store, pool, BLOCKS)
+        with pytest.raises(ConfigError) as caught, opened(tmp_path):
+            pass
+        assert str(caught.value) == (
+            f"disk_path={str(tmp_path)!r}: another server (process {os.getpid()}) keeps its cache "
+            "of the same model there; give each server a disk_path of its own"
+        )
+        assert read(store, pool, list(BLOCKS), [0, 3]) == [block_bytes(b"a"), block_bytes(b"b")]
+    with opened(tmp_path) as (store, _):
+        assert len(store.survivors.keys) == 2
+
+
+def test_two_models_and_two_ranks_never_meet(tmp_path: Path) -> None:
+    with (
+        opened(tmp_path) as (store, pool),
+        opened(tmp_path, rank=1) as (second, second_pool),
+        opened(tmp_path, namespace=OTHER) as (other, other_pool),
+    ):
+        written(store, pool, BLOCKS)
+        written(second, second_pool, {b"a": 0}, version=1)
+        written(other, other_pool, {b"a": 0}, version=2)
+        assert read(store, pool, [b"a"], [0]) == [block_bytes(b"a")]
+        assert read(second, second_pool, [b"a"], [0]) == [block_bytes(b"a", 1)]
+        assert read(other, other_pool, [b"a"], [0]) == [block_bytes(b"a", 2)]
+        assert store.counters.removed_namespaces == 0
+    assert folder_of(tmp_path).exists()
+
+
+def test_blocks_of_another_size_are_another_cache(tmp_path: Path) -> None:
+    fill_disk(tmp_path)
+    with opened(tmp_path, slot_bytes=2 * SLOT_BYTES) as (store, _):
+        assert store.survivors.keys == []
+        assert store.counters.removed_namespaces == 1
+
+
+def test_what_no_server_holds_makes_room(tmp_path: Path) -> None:
+    fill_disk(tmp_path, OTHER)
+    fill_disk(tmp_path, OTHER, rank=1)
+    (tmp_path / "notes.txt").write_text("mine")
+    with opened(tmp_path) as (store, _):
+        assert store.counters.removed_namespaces == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [".kvortex-lock", "notes.txt", NAMESPACE.digest(SLOT_BYTES).hex()]
+    )
+
+
+def test_a_cache_with_one_rank_in_use_stays_whole(tmp_path: Path) -> None:
+    fill_disk(tmp_path, OTHER)
+    with opened(tmp_path, namespace=OTHER, rank=1):
+        fill_disk(tmp_path)
+        assert (folder_of(tmp_path, OTHER) / "slots").exists()
+
+
+def test_foreign_files_stay(tmp_path: Path) -> None:
+    folder = fill_disk(tmp_path, OTHER)
+    (folder / "thesis.tex").write_text("mine")
+    fill_disk(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+def make_link(path: Path, target: Path) -> None:
+    path.symlink_to(target)
+
+
+def make_hard_link(path: Path, target: Path) -> None:
+    path.hardlink_to(target)
+
+
+def make_pipe(path: Path, _target: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_folder(path: Path, _target: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("name", ["slots", "records", "namespace.json.new", "lock"])
+@pytest.mark.parametrize("make", [make_link, make_hard_link, make_pipe, make_folder])
+def test_links_and_what_is_no_file_are_refused(
+    tmp_path: Path, name: str, make: Callable[[Path, Path], None]
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = fill_disk(tmp_path / "disk")
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name, victim)
+    with (
+        pytest.raises(ConfigError, match=f"{name} is a link, or not a file"),
+        opened(tmp_path / "disk"),
+    ):
+        pass
+    assert victim.read_text() == "precious"
+
+
+def test_folders_that_are_links_are_refused(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder = folder_of(tmp_path / "disk")
+    folder.parent.parent.mkdir()
+    folder.parent.symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match="is a link or no folder"), opened(tmp_path / "disk"):
+        pass
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_link_among_the_caches_is_not_followed_when_making_room(tmp_path: Path) -> None:
+    fill_disk(tmp_path / "elsewhere", OTHER)
+    (tmp_path / "disk").mkdir()
+    link = folder_of(tmp_path / "disk", OTHER).parent
+    link.symlink_to(folder_of(tmp_path / "elsewhere", OTHER).parent)
+    fill_disk(tmp_path / "disk")
+    assert link.is_symlink()
+    assert (folder_of(tmp_path / "elsewhere", OTHER) / "slots").exists()
+
+
+@pytest.mark.parametrize("about", ["", "{", "[]", "[" * 100_000, '{"slot_bytes": -1}'])
+def test_a_spoiled_description_is_written_anew(tmp_path: Path, about: str) -> None:
+    folder = fill_disk(tmp_path)
+    (folder / "namespace.json").write_text(about)
+    assert main(["disk", "inspect", str(tmp_path)]) == 0
+    with opened(tmp_path) as (store, _):
+        assert len(store.survivors.keys) == 2
+    assert json.loads((folder / "namespace.json").read_text())["num_slots"] == 8
+
+
+def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "disk"):
+        with (
+            pytest.raises(ConfigError, match=r"^disk_path='.*file.*': Not a directory$"),
+            opened(path),
+        ):
+            pass
+
+
+def test_more_than_the_disk_has_is_refused(tmp_path: Path) -> None:
+    from kvortex.disk import DiskStore
+    from kvortex.host_pool import HostPool
+
+    with (
+        HostPool(1, 1 << 20, pinned=False) as pool,
+        pytest.raises(ConfigError, match=r"GiB are free there, .*; lower disk_pool_gb$"),
+    ):
+        DiskStore(tmp_path, NAMESPACE, 0, 1 << 24, pool)
+    used = sum(file.stat().st_blocks for file in tmp_path.rglob("slots"))
+    assert used == 0
+
+
+def test_inspect_and_verify_and_clear(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1_000_000.0)
+    folder = fill_disk(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 1_007_200.0)
+    assert main(["disk", "inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 h" in shown
+    assert "model tiny, dtype bfloat16" in shown
+    assert main(["disk", "inspect", "--json", str(tmp_path)]) == 0
+    (cache,) = json.loads(capsys.readouterr().out)["caches"]
+    assert cache.pop("disk_bytes") >= 8 * SLOT_BYTES
+    assert cache == {
+        "namespace": NAMESPACE.digest(SLOT_BYTES).hex(),
+        "rank": 0,
+        "in_use": False,
+        "slot_bytes": SLOT_BYTES,
+        "slots": 8,
+        "used": 2,
+        "stale": 0,
+        "invalid": 0,
+        "newest_age": 7200,
+        "oldest_age": 7200,
+        "description": {"model": "tiny", "dtype": "bfloat16"},
+    }
+    assert main(["disk", "verify", "--json", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"good": 2, "corrupt": 0}
+    with (folder / "slots").open("r+b") as file:
+        file.seek(3 * SLOT_BYTES + 77)
+        file.write(b"spoiled")
+    assert main(["disk", "verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "1 blocks are good, 1 are corrupt\n"
+    assert main(["disk", "clear", "--yes", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "1 caches removed\n"
+    assert [path.name for path in tmp_path.iterdir()] == [".kvortex-lock"]
+    assert main(["disk", "inspect", str(tmp_path)]) == 0
+    assert "no caches" in capsys.readouterr().out
+
+
+def test_clear_asks(tmp_path: Path) -> None:
+    fill_disk(tmp_path)
+    command = [sys.executable, "-m", "kvortex", "disk", "clear", str(tmp_path)]
+    for answer, code in (("\n", 1), ("no\n", 1), ("", 1), ("y\n", 0)):
+        done = subprocess.run(command, input=answer, capture_output=True, text=True, check=False)
+        assert "remove 2 blocks" in done.stderr
+        assert done.returncode == code
+        assert folder_of(tmp_path).exists() == bool(code)
+
+
+def test_verify_and_clear_refuse_a_folder_in_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(tmp_path) as (store, pool):
+        written(store, pool, BLOCKS)
+        for command in (["clear", "--yes"], ["verify"]):
+            assert main(["disk", *command, str(tmp_path)]) == 2
+            assert "stop it first" in capsys.readouterr().err
+        assert main(["disk", "inspect", "--json", str(tmp_path)]) == 0
+        assert json.loads(capsys.readouterr().out)["caches"][0]["in_use"] is True
+    assert folder_of(tmp_path).exists()
+
+
+def test_the_tools_tell_of_a_wrong_path_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("inspect", "verify", "clear"):
+        assert main(["disk", command, str(tmp_path / "nowhere")]) == 2
+        assert capsys.readouterr().err.endswith("nowhere: No such file or directory\n")
+
+
+def test_clear_says_what_it_could_not_remove(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fill_disk(tmp_path) / "thesis.tex").write_text("mine")
+    assert main(["disk", "clear", "--yes", str(tmp_path)]) == 1
+    assert "1 caches hold files that are not KVortex's" in capsys.readouterr().err

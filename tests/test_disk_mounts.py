@@ -1,0 +1,145 @@
+"""Real file systems that fill up, become read-only or disappear under a store."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import subprocess
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from disks import block_bytes, opened, read, written
+
+from kvortex.core import ConfigError
+from kvortex.disk.file import DiskFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MIB = 1 << 20
+SHUT_DOWN = 0x8004587D  # FS_IOC_SHUTDOWN
+BIG = {b"a": 0, b"b": 1}
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@contextmanager
+def mounted(path: Path, *options: str) -> Iterator[Path]:
+    """A file system there, for those who may mount."""
+    path.mkdir()
+    try:
+        run("mount", *options, str(path))
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("nothing can be mounted here")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=False, capture_output=True)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """4 MiB of memory."""
+    with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=4m", "kvortex") as path:
+        yield path
+
+
+@pytest.fixture
+def looped(tmp_path: Path) -> Iterator[Path]:
+    """32 MiB of ext4 in a file."""
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(32 * MIB)
+    try:
+        run("mkfs.ext4", "-q", str(image))
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no ext4 can be made here")
+    with mounted(tmp_path / "looped", "-o", "loop", str(image)) as path:
+        yield path
+
+
+class Sparse(DiskFile):
+    """On a file system that sets nothing aside."""
+
+    def allocate(self, size: int) -> bool:
+        os.ftruncate(self._fd, size)
+        return False
+
+
+def test_a_pool_that_the_disk_cannot_hold_is_refused(small: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"0\.00 GiB are free there.*lower disk_pool_gb"),
+        opened(small, slot_bytes=MIB),
+    ):
+        pass
+    with opened(small, 2, slot_bytes=MIB) as (store, pool):  # which left no file behind
+        assert not written(store, pool, BIG)
+
+
+def test_a_disk_that_fills_up_keeps_what_it_has(small: Path) -> None:
+    with opened(small, 8, slot_bytes=MIB, open_file=Sparse) as (store, pool):
+        assert not written(store, pool, BIG)
+        (small / "other").write_bytes(bytes(3 * MIB // 2))
+        failed = written(store, pool, {b"c": 2, b"d": 3, b"e": 4})
+        assert len(failed) == 3
+        assert read(store, pool, list(BIG), [0, 1]) == [
+            block_bytes(key, slot_bytes=MIB) for key in BIG
+        ]
+        assert store.counters.failed_writes == 3
+        (small / "other").unlink()
+
+
+def test_a_disk_that_becomes_read_only_is_still_read(looped: Path) -> None:
+    with opened(looped, 8, slot_bytes=MIB) as (store, pool):
+        assert store.direct
+        assert not written(store, pool, BIG)
+        os.sync()
+        # what a file system does to itself when its drive fails
+        run("mount", "-o", "remount,abort", str(looped))
+        assert written(store, pool, {b"c": 2}) == {0}
+        assert read(store, pool, [b"a"], [0]) == [block_bytes(b"a", slot_bytes=MIB)]
+
+
+def test_a_disk_that_is_read_only_is_refused(looped: Path) -> None:
+    with opened(looped, 4, slot_bytes=MIB) as (store, pool):
+        assert not written(store, pool, BIG)
+    run("mount", "-o", "remount,ro", str(looped))
+    with pytest.raises(ConfigError, match=r"disk_path=.*: Read-only file system$"), opened(looped):
+        pass
+
+
+def test_a_disk_that_disappears_is_missed_and_no_more(looped: Path) -> None:
+    with opened(looped, 4, slot_bytes=MIB) as (store, pool):
+        assert not written(store, pool, BIG)
+        run("umount", "--lazy", str(looped))  # open files go on
+        assert not written(store, pool, {b"c": 2})
+        assert read(store, pool, [b"c"], [2]) == [block_bytes(b"c", slot_bytes=MIB)]
+    with opened(looped, 4, slot_bytes=MIB) as (store, _):  # the folder below the mount
+        assert store.survivors.keys == []
+
+
+def test_a_drive_that_is_pulled_out(looped: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(looped, 8, slot_bytes=MIB) as (store, pool):
+        assert not written(store, pool, BIG)
+        shut_down(looped)
+        for slot in range(2, 8):
+            assert written(store, pool, {b"c": slot}) == {0}
+            assert read(store, pool, [b"a"], [0]) == [None]
+        assert store.counters.times_off == 2
+    assert len([record for record in caplog.records if "is off after" in record.getMessage()]) == 2
+
+
+def shut_down(path: Path) -> None:
+    """From now on, every use of this file system is an I/O error."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, SHUT_DOWN, struct.pack("I", 2))
+    except OSError:
+        pytest.skip("this file system cannot be shut down")
+    finally:
+        os.close(fd)

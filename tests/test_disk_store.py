@@ -1,0 +1,341 @@
+"""DiskStore: what is written is read, also by the next store; what fails is told and hurts none."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from disks import Faults, all_ended, block_bytes, content, ended, fill, opened, read, written
+
+import kvortex.disk.breaker
+import kvortex.disk.lane
+import kvortex.disk.moves
+from kvortex.core import ConfigError
+from kvortex.disk import disk_slots_in_pool
+from kvortex.disk.file import DiskFile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KEYS = [b"first", b"second", b"third" * 12]
+SLOTS = dict(zip(KEYS, (0, 5, 3), strict=True))
+
+
+@pytest.mark.parametrize("slot_bytes", [1, 100, 4096, 8192, 600_001, 1 << 20, (1 << 20) + 4096])
+def test_what_was_written_is_read_by_this_store_and_the_next(
+    tmp_path: Path, slot_bytes: int
+) -> None:
+    expected = [block_bytes(key, slot_bytes=slot_bytes) for key in KEYS]
+    with opened(tmp_path, slot_bytes=slot_bytes, readers=4) as (store, pool):
+        assert store.direct
+        assert written(store, pool, SLOTS) == frozenset()
+        assert read(store, pool, KEYS, list(SLOTS.values())) == expected
+    with opened(tmp_path, slot_bytes=slot_bytes, readers=4) as (store, pool):
+        found = dict(zip(store.survivors.keys, store.survivors.slots.tolist(), strict=True))
+        assert found == SLOTS
+        assert store.survivors.generations.tolist() == [1, 2, 3]
+        assert [read(store, pool, [key], [SLOTS[key]])[0] for key in KEYS] == expected
+        assert store.counters.read_blocks == 3
+        assert store.counters.read_bytes == 3 * slot_bytes
+
+
+def test_a_block_is_read_into_its_slot_and_no_other(tmp_path: Path) -> None:
+    with opened(tmp_path) as (store, pool):
+        written(store, pool, SLOTS)
+        pool.bytes.fill_(7)
+        store.read(9, [KEYS[1]], [5], [2])
+        assert ended(store, 9) == frozenset()
+        assert content(pool, 2) == block_bytes(KEYS[1])
+        assert all(pool.bytes[slot].eq(7).all() for slot in range(8) if slot != 2)
+
+
+def test_a_slot_that_is_written_again_holds_the_new_bytes(tmp_path: Path) -> None:
+    with opened(tmp_path) as (store, pool):
+        written(store, pool, SLOTS)
+        written(store, pool, {b"other": 5})
+        assert read(store, pool, [b"other", KEYS[1]], [5, 5]) == [block_bytes(b"other"), None]
+        assert store.counters.stale_blocks == 1
+
+
+def test_of_two_slots_with_one_key_the_newer_survives(tmp_path: Path) -> None:
+    with opened(tmp_path) as (store, pool):
+        written(store, pool, {b"key": 6}, version=1)
+        written(store, pool, {b"key": 2}, version=2)
+    with opened(tmp_path) as (store, pool):
+        assert store.survivors.slots.tolist() == [2]
+        assert store.survivors.stale.tolist() == [6]
+        assert read(store, pool, [b"key", b"key"], [2, 6]) == [block_bytes(b"key", 2), None]
+    with opened(tmp_path) as (store, _):
+        assert len(store.survivors.stale) == 0
+
+
+def test_what_is_erased_is_gone_for_good(tmp_path: Path) -> None:
+    with opened(tmp_path) as (store, pool):
+        written(store, pool, SLOTS)
+        store.erase([0, 3, 3])
+        assert read(store, pool, KEYS, list(SLOTS.values())) == [None, block_bytes(KEYS[1]), None]
+        written(store, pool, {b"other": 3})
+    with opened(tmp_path) as (store, _):
+        assert store.survivors.keys == [KEYS[1], b"other"]
+
+
+def test_clear_forgets_also_what_is_being_written_and_not_what_comes_after(tmp_path: Path) -> None:
+    faults = Faults(delay=0.01)
+    with opened(tmp_path, open_file=faults.open_file, writers=1) as (store, pool):
+        written(store, pool, SLOTS)
+        store.write(7, [b"a", b"b"], [1, 2], [1, 2])
+        store.clear()
+        store.write(8, [b"c"], [1], [1])
+        ended(store, 8)
+    with opened(tmp_path) as (store, _):
+        assert store.survivors.keys == [b"c"]
+
+
+def test_a_larger_pool_keeps_what_there_is_and_a_smaller_one_its_beginning(tmp_path: Path) -> None:
+    with opened(tmp_path, 4) as (store, pool):
+        written(store, pool, {b"a": 0, b"b": 3})
+    with opened(tmp_path, 9) as (store, pool):
+        assert store.survivors.keys == [b"a", b"b"]
+        written(store, pool, {b"c": 8})
+    with opened(tmp_path, 2) as (store, pool):
+        assert store.survivors.keys == [b"a"]
+    with opened(tmp_path, 9) as (store, pool):
+        assert store.survivors.keys == [b"a"]
+        assert read(store, pool, [b"a"], [0]) == [block_bytes(b"a")]
+
+
+def test_moves_may_be_short(tmp_path: Path) -> None:
+    faults = Faults(short=True)
+    with opened(tmp_path, open_file=faults.open_file, slot_bytes=1 << 16) as (store, pool):
+        assert written(store, pool, SLOTS) == frozenset()
+        there = read(store, pool, KEYS, list(SLOTS.values()))
+        assert there == [block_bytes(key, slot_bytes=1 << 16) for key in KEYS]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.ENODEV])
+def test_a_failed_write_is_not_kept_and_a_failed_read_is_a_miss(tmp_path: Path, code: int) -> None:
+    faults = Faults()
+    with opened(tmp_path, open_file=faults.open_file) as (store, pool):
+        written(store, pool, SLOTS)
+        faults.error = code
+        assert written(store, pool, {b"other": 5}) == {0}
+        assert read(store, pool, KEYS[:1], [0]) == [None]
+        assert (store.counters.failed_writes, store.counters.failed_reads) == (1, 1)
+        faults.error = None
+        assert read(store, pool, KEYS, list(SLOTS.values()))[::2] == [
+            block_bytes(KEYS[0]),
+            block_bytes(KEYS[2]),
+        ]
+    with opened(tmp_path) as (store, pool):
+        expected = {block_bytes(KEYS[1])} if KEYS[1] in store.survivors.keys else set()
+        assert set(read(store, pool, [b"other", KEYS[1]], [5, 5])) <= {None} | expected
+
+
+def test_a_drive_that_keeps_failing_is_left_alone_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kvortex.disk.breaker, "FIRST_PAUSE_S", 0.2)
+    faults = Faults()
+    with opened(tmp_path, open_file=faults.open_file) as (store, pool):
+        written(store, pool, {b"a": 0})
+        faults.error, faults.writes_only = errno.EROFS, True
+        for slot in range(1, 8):
+            assert written(store, pool, {b"b": slot}) == {0}
+        assert store.counters.failed_writes == 3
+        assert store.counters.refused_blocks == 4
+        assert store.counters.times_off == 1
+        assert [r.levelno for r in caplog.records] == [logging.WARNING]
+        assert "Read-only file system" in caplog.text
+        assert read(store, pool, [b"a"], [0]) == [block_bytes(b"a")]  # reading goes on
+        faults.error = None
+        deadline = time.monotonic() + 10
+        while written(store, pool, {b"b": 1}):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert read(store, pool, [b"b"], [1]) == [block_bytes(b"b")]
+        assert len(caplog.records) == 2
+
+
+def test_the_pause_doubles_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvortex.disk.breaker, "LONGEST_PAUSE_S", 5.0)
+    breaker, now, pauses = kvortex.disk.breaker.Breaker("this"), 0.0, []
+    for _ in range(3):
+        breaker.fail(now, "broken")
+    for _ in range(5):
+        start = now
+        while not breaker.allows(now):
+            now += 0.25
+        pauses.append(now - start)
+        assert not breaker.allows(now)  # one trial at a time
+        breaker.fail(now, "broken")
+    assert pauses == [1, 2, 4, 5, 5]
+    breaker.succeed()
+    assert breaker.is_off
+    assert breaker.allows(now + 5)
+    breaker.succeed()
+    assert not breaker.is_off
+
+
+def test_nobody_waits_for_a_drive_that_stalls(tmp_path: Path) -> None:
+    faults = Faults()
+    with opened(tmp_path, open_file=faults.open_file, read_deadline_s=0.05) as (store, pool):
+        written(store, pool, SLOTS)
+        faults.delay, start = 0.5, time.monotonic()
+        store.read(4, KEYS, [0, 5, 3], [0, 1, 2])
+        store.read(5, [KEYS[0]], [0], [3])
+        fill(pool, 4, block_bytes(b"other"))
+        store.write(6, [b"other"], [4], [4])
+        assert not store.poll().late
+        assert time.monotonic() - start < 0.04
+        while not (late := store.poll().late):
+            assert time.monotonic() - start < 0.4
+        assert late == {4, 5}
+        assert not store.poll().late
+        failed = all_ended(store, 4, 5, 6)
+        assert 2 in failed[4]  # what waited behind the stall was not even tried
+        assert failed[5] == {0}
+        assert failed[6] == frozenset()
+        assert store.counters.slow_blocks >= 2
+        faults.delay = 0
+        assert read(store, pool, KEYS[:1], [0]) == [block_bytes(KEYS[0])]
+
+
+def test_a_write_that_waited_too_long_gives_its_host_slot_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvortex.disk.moves, "WRITE_PATIENCE_S", 0.01)
+    faults = Faults(delay=0.05)
+    with opened(tmp_path, open_file=faults.open_file, writers=1) as (store, _):
+        store.write(1, [b"a", b"b"], [0, 1], [0, 1])
+        assert ended(store, 1) == {1}
+
+
+def test_a_full_queue_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvortex.disk.lane, "WAITING", 3)
+    faults = Faults(delay=0.02)
+    with opened(tmp_path, open_file=faults.open_file, writers=1, readers=1) as (store, _):
+        slots = list(range(8))
+        store.write(1, [b"%d" % slot for slot in slots], slots, slots)
+        failed = ended(store, 1)
+        assert failed == {3, 4, 5, 6, 7}
+        assert store.counters.refused_blocks == 5
+        store.erase(slots)  # which is never refused, only later
+        deadline = time.monotonic() + 10
+        while store._unerased and time.monotonic() < deadline:
+            store.poll()
+            time.sleep(0.01)
+    with opened(tmp_path) as (store, _):
+        assert store.survivors.keys == []
+
+
+def test_writes_keep_to_their_pace(tmp_path: Path) -> None:
+    speed = 8192 * 40
+    with opened(tmp_path, 128, max_write_bytes_per_s=speed) as (store, _):
+        slots = list(range(100))
+        start = time.monotonic()
+        store.write(1, [b"%d" % slot for slot in slots], slots, slots)
+        assert ended(store, 1) == frozenset()
+        assert time.monotonic() - start > 99 / 40 - 1  # a second's worth may come at once
+        store.write(2, [b"%d" % slot for slot in slots], slots, slots)
+        store.write(3, [b"x"] * 100, slots, slots)
+        assert store.poll().ended == {3: frozenset(slots)}
+
+
+def test_an_unlimited_store_has_no_pace(tmp_path: Path) -> None:
+    with opened(tmp_path, 64) as (store, _):
+        slots = list(range(64))
+        store.write(1, [b"%d" % slot for slot in slots], slots, slots)
+        assert ended(store, 1) == frozenset()
+
+
+def test_every_job_ends_when_the_store_closes(tmp_path: Path) -> None:
+    faults = Faults(delay=0.05)
+    with opened(tmp_path, open_file=faults.open_file, writers=1, readers=1) as (store, _):
+        slots = list(range(8))
+        store.write(1, [b"%d" % slot for slot in slots], slots, slots)
+        store.read(2, [b"1"] * 8, slots, slots)
+        time.sleep(0.06)
+        store.close()
+        store.close()
+        report = store.poll()
+        assert set(report.ended) == {1, 2}
+        assert 7 in report.ended[1]
+        store.write(3, [b"late"], [0], [0])
+        store.read(4, [b"late"], [0], [0])
+        assert store.poll().ended == {3: {0}, 4: {0}}
+
+
+def test_what_was_to_be_erased_or_replaced_is_erased_when_the_store_closes(tmp_path: Path) -> None:
+    faults = Faults()
+    with opened(tmp_path, open_file=faults.open_file, writers=1) as (store, pool):
+        written(store, pool, SLOTS | {b"kept": 6})
+        faults.delay = 0.05
+        store.write(5, [b"x", b"y"], [1, 5], [1, 5])
+        store.erase([0])
+        time.sleep(0.02)  # the lane is at the first block
+    with opened(tmp_path) as (store, _):
+        assert set(store.survivors.keys) == {b"x", KEYS[2], b"kept"}
+
+
+def test_an_empty_job_ends(tmp_path: Path) -> None:
+    with opened(tmp_path) as (store, _):
+        store.write(1, [], [], [])
+        store.read(2, [], [], [])
+        assert store.poll().ended == {1: frozenset(), 2: frozenset()}
+
+
+def test_nothing_raises_out_of_a_thread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(tmp_path) as (store, pool):
+        store.write(1, [b"k" * 65], [0], [1 << 70])  # a key and a slot that cannot be
+        assert ended(store, 1) == {0}
+        assert written(store, pool, SLOTS) == frozenset()
+        assert "could not be moved" in caplog.text
+
+
+class Plain(DiskFile):
+    """On a file system without O_DIRECT and fallocate."""
+
+    def _bypass_cache(self) -> bool:
+        return False
+
+    def allocate(self, size: int) -> bool:
+        super().allocate(size)
+        return False
+
+
+def test_lesser_file_systems_do_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(tmp_path, open_file=Plain, slot_bytes=5000) as (store, pool):
+        assert not store.direct
+        assert written(store, pool, SLOTS) == frozenset()
+        there = read(store, pool, KEYS, list(SLOTS.values()))
+        assert there == [block_bytes(key, slot_bytes=5000) for key in KEYS]
+    (record,) = caplog.records
+    assert "no O_DIRECT and no fallocate" in record.getMessage()
+
+
+def test_slots_fit_the_pool() -> None:
+    assert disk_slots_in_pool(1, 2 << 20) == 512
+    assert disk_slots_in_pool(1, (2 << 20) - 5) == 512
+    assert disk_slots_in_pool(1, 2 << 20, num_ranks=3) == 170
+    with pytest.raises(ConfigError, match=r"disk_pool_gb=0\.001: one KV block takes .* at least"):
+        disk_slots_in_pool(0.001, 2 << 20)
+
+
+def test_keys_in_a_full_table_are_found_fast(tmp_path: Path) -> None:
+    """100 GB of 2 MiB slots are 51 200 records; bench_disk measures the whole opening."""
+    from kvortex.disk.format import Record, RecordFormat
+
+    packed: Any = bytearray()
+    record_format = RecordFormat(bytes(16), 0, 4096)
+    for slot in range(51_200):
+        packed += record_format.pack(slot, Record(b"%064d" % slot, slot, 1, 2))
+    start = time.perf_counter()
+    found = record_format.read_table(memoryview(packed))
+    assert time.perf_counter() - start < 1
+    assert len(found.keys) == 51_200
+    assert found.invalid == 0
