@@ -55,6 +55,11 @@ class KVortexConfig(BaseModel):
     num_cuda_streams: int = Field(
         default=4, ge=1, le=32, description="CUDA streams that carry transfers, per GPU."
     )
+    numa_node: int | None = Field(
+        default=None,
+        ge=0,
+        description="NUMA node for the pool, by default the one next to the GPU.",
+    )
     eviction_policy: str = Field(
         default="lru_freq",
         min_length=1,
@@ -119,6 +124,7 @@ class KVortexConfig(BaseModel):
     @field_validator(
         "ram_pool_gb",
         "num_cuda_streams",
+        "numa_node",
         "min_load_tokens",
         "disk_pool_gb",
         "disk_max_write_mb_s",

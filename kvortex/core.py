@@ -149,8 +149,9 @@ class StepReport:
 
     `finished` counts, per job, the ranks that are done with it; `failed` names the jobs that
     failed on at least one of them. `num_slots` is the smallest number of slots in their pools; a
-    worker tells it once, in its first report. The speeds, of the slowest link, are in every report
-    once they are known: the slowest of those that happen to report would not be the slowest.
+    worker tells it in its first report, and again if it had to become smaller. The speeds, of the
+    slowest link, are in every report once they are known: the slowest of those that happen to
+    report would not be the slowest.
     """
 
     finished: dict[int, int] = field(default_factory=dict)
@@ -164,6 +165,8 @@ class StepReport:
     """Number of the step that ended with this report."""
     unwaited_layers: int = 0
     """Layers that ran though their load was not known to have ended."""
+    ready_slots: int | None = None
+    """How many slots every rank has prepared, told in each report until a rank's pool is ready."""
     disk: DiskReport | None = None
 
     def merge(self, other: StepReport) -> StepReport:
@@ -180,6 +183,7 @@ class StepReport:
             max(self.layered_loads, other.layered_loads),
             _least(self.step, other.step),
             self.unwaited_layers + other.unwaited_layers,
+            _least(self.ready_slots, other.ready_slots),
             self.disk.merge(other.disk) if self.disk and other.disk else self.disk or other.disk,
         )
 

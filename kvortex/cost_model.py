@@ -19,6 +19,11 @@ HIDDEN_SHARE = 0.1
 class CostModel:
     """Times, from what workers measured of the link and the scheduler of prefill.
 
+    A hit is loaded whole or not at all. To load a part of it is never sooner than the better of
+    both: loading costs alike for every token, computing more for later ones, so that the sum is
+    concave in the number that are loaded. Only a load that hides behind the compute of the rest
+    could be, by at most its share of both times, for compute that other requests wait for.
+
     Until both are known, loading is assumed to pay. Speeds are tokens per second and bytes per
     second; `token_bytes` is what one token of a hit takes on the link of one rank, and
     `load_bytes_per_s` what large loads reached of late, with all that shared the link with them.

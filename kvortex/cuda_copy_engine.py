@@ -245,7 +245,7 @@ class CudaCopyEngine(CopyEngine):
     def _probe(self) -> None:
         """Copy up to PROBE_BYTES both ways, so that the link is known from the first load on."""
         most = max(1, PROBE_BYTES // self.pool.slot_bytes)
-        some = np.arange(min(most, self.pool.num_slots, self.layout.num_blocks))
+        some = np.arange(min(most, self.pool.num_ready_slots, self.layout.num_blocks))
         for direction in (Direction.STORE, Direction.LOAD):  # so that blocks stay as they are
             began = time.perf_counter()
             self._submit(direction, some, some).wait()

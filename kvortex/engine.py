@@ -16,7 +16,7 @@ from kvortex.core import (
     InvalidBlockError,
     TransferError,
 )
-from kvortex.host_pool import HostPool, require_free_memory
+from kvortex.host_pool import open_pool, require_free_memory
 from kvortex.layout import make_layout
 from kvortex.plugins import load_policy
 from kvortex.scheduler import OffloadScheduler
@@ -85,7 +85,8 @@ class Transfer:
 class KVortexEngine:
     """Saves KV blocks to host RAM under keys, and loads them back.
 
-    For use from one thread. A key names its bytes: saving it again replaces them.
+    Construction returns when the whole pool is ready, so that no save evicts while slots are still
+    to come. For use from one thread. A key names its bytes: saving it again replaces them.
 
     Args:
         config: pool size, streams and policy.
@@ -102,8 +103,8 @@ class KVortexEngine:
         num_slots = slots_in_pool(config, self._layout.slot_bytes)
         policy = load_policy(config.eviction_policy, num_slots)
         require_free_memory(config.ram_pool_gb, num_slots * self._layout.slot_bytes)
-        pinned = self._layout.device.type == "cuda"
-        self._pool = HostPool(num_slots, self._layout.slot_bytes, pinned)
+        self._pool = open_pool(config, self._layout, num_slots)
+        self._pool.wait_until_ready()
         self._worker = open_worker(self._layout, self._pool, config.num_cuda_streams)
         self._scheduler = OffloadScheduler(
             HostTier(num_slots, policy), slot_bytes=self._layout.slot_bytes

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import logging
+import math
 import mmap
 import os
 import resource
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -15,61 +16,129 @@ import torch
 
 from kvortex.config import GIB
 from kvortex.core import ConfigError, PoolAllocationError
+from kvortex.host_memory import HostMemory, huge_pages_allowed
+from kvortex.numa import choose_node, nodes_of, prefer_node
+from kvortex.preparation import Preparation
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-TOUCH_THREADS = 16
-TOUCH_BYTES = 256 << 20
-CUDA_HOST_REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
+    from kvortex.config import KVortexConfig
+    from kvortex.layout import Layout
+
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 256 << 20
+ENOUGH_ON_NODE = 0.99
 
 
 class HostPool:
-    """`num_slots` slots of `slot_bytes`; `bytes` is the uint8 tensor (num_slots, slot_bytes).
+    """Slots of `slot_bytes`; `bytes` is the uint8 tensor of all of them, one a row.
 
-    Memory is anonymous, on huge pages where the kernel grants them, touched by several threads
-    before it is pinned: pinning 8 GiB took 0.33 s so on an H200's host, 5.8 s from one thread.
+    The first `num_ready_slots` may be used. Memory that is not pinned is ready at once, and
+    populated as it is touched. Of pinned memory the first piece is ready on return, and a thread
+    prepares the others; where it finds no more memory, the pool stays as large as it is then.
+
+    A piece is `piece_slots` slots; no copy by DMA may reach from one into the next.
+
+    Args:
+        num_slots: to begin with.
+        slot_bytes: of each.
+        pinned: and mapped into the GPU.
+        node: of NUMA, where the memory shall be.
 
     Raises:
-        PoolAllocationError: the memory could not be had, or not be pinned.
+        PoolAllocationError: the memory could not be had, or none of it be pinned.
     """
 
-    def __init__(self, num_slots: int, slot_bytes: int, pinned: bool) -> None:
-        self.num_slots = num_slots
+    def __init__(
+        self, num_slots: int, slot_bytes: int, pinned: bool, node: int | None = None
+    ) -> None:
         self.slot_bytes = slot_bytes
-        size = num_slots * slot_bytes
+        self._num_slots = num_slots
+        self._size = num_slots * slot_bytes
         try:
-            self._memory: mmap.mmap | None = mmap.mmap(-1, size)
+            self._memory = HostMemory(self._size)
         except (OSError, OverflowError, ValueError) as error:
-            raise PoolAllocationError(_cannot("allocate", size, error)) from error
-        with contextlib.suppress(OSError, AttributeError):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        flat = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self.address = flat.data_ptr()
-        self.bytes = flat.view(num_slots, slot_bytes)
-        self._pinned = False
+            raise PoolAllocationError(_cannot("allocate", self._size, error)) from error
+        self.address = self._memory.address
+        self.bytes = self._memory.bytes.view(num_slots, slot_bytes)
+        self.piece_slots = slots_of_a_piece(slot_bytes)
+        self._node = node
+        if node is not None and not prefer_node(self.address, self._size, node):
+            self._node = None
+        self._began = time.perf_counter()
+        self._preparation: Preparation | None = None
         if pinned:
-            _touch(self.address, size)
-            self._pin(size)
+            if not huge_pages_allowed():
+                logger.info("Transparent huge pages are off; with them memory is pinned sooner.")
+            piece_bytes = self.piece_slots * slot_bytes
+            self._preparation = Preparation(self._memory, piece_bytes, self._tell_end)
+            self._require(min(piece_bytes, self._size))
 
-    def _pin(self, size: int) -> None:
-        cudart = torch.cuda.cudart()
-        status = cudart.cudaHostRegister(self.address, size, CUDA_HOST_REGISTER_PORTABLE_MAPPED)
-        if int(status) != 0:
-            raise PoolAllocationError(_cannot("pin", size, cudart.cudaGetErrorString(status)))
-        self._pinned = True
+    @property
+    def num_ready_slots(self) -> int:
+        """How many may be used now; never fewer than before."""
+        if self._preparation is None:
+            return self._num_slots
+        return self._preparation.ready_bytes // self.slot_bytes
+
+    @property
+    def num_slots(self) -> int:
+        """How many there are, ready or not yet; fewer than at first once memory ran out."""
+        ended = self._preparation is not None and self._preparation.ended
+        return self.num_ready_slots if ended else self._num_slots
+
+    def wait_until_ready(self) -> None:
+        """Block until every slot is ready.
+
+        Raises:
+            PoolAllocationError: there was no memory for some; the pool is closed.
+        """
+        self._require(self._size)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """How many bytes are pinned now."""
+        return self._memory.pinned_bytes
 
     def close(self) -> None:
-        """Unpin, and give the memory back with the last view of it. May be called twice.
+        """Stop preparing, unpin, and give the memory back with the last view of it.
 
-        No transfer may be under way.
+        May be called twice. No transfer may be under way.
         """
-        if self._memory is None:
-            return
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.address)
+        if self._preparation is not None:
+            self._preparation.stop()
         self.bytes = torch.empty((0, self.slot_bytes), dtype=torch.uint8)
-        self._memory = None  # not closed: that would take it from under a view someone still holds
+        self._memory.close()
+
+    def _require(self, nbytes: int) -> None:
+        """Wait until so many bytes are ready; close the pool if they never will be."""
+        preparation = self._preparation
+        if preparation is not None and not preparation.wait(nbytes):
+            self.close()
+            raise PoolAllocationError(_cannot("pin", self._size, preparation.error))
+
+    def _tell_end(self, preparation: Preparation) -> None:
+        """All is prepared that ever will be. On the thread that did it."""
+        ready, error = preparation.ready_bytes, preparation.error
+        if not ready:
+            return  # the constructor raises
+        took = time.perf_counter() - self._began
+        logger.info("%s GiB of host memory were ready after %.1f s.", _gib(ready), took)
+        if error is not None:
+            self._memory.release(ready)
+            whole = _gib(self._size)
+            logger.warning("Only %s of %s GiB of host memory: %s.", _gib(ready), whole, error)
+        if self._node is not None:
+            self._tell_place(self._node, ready)
+
+    def _tell_place(self, node: int, ready: int) -> None:
+        placed = nodes_of(self.address, ready)
+        wrong = bool(placed) and placed.get(node, 0) < ENOUGH_ON_NODE
+        level = logging.WARNING if wrong else logging.INFO
+        shown = ", ".join(f"{share:.0%} on node {number}" for number, share in placed.items())
+        logger.log(level, "Host memory for NUMA node %d is %s.", node, shown or "somewhere")
 
     def __enter__(self) -> Self:
         return self
@@ -81,6 +150,23 @@ class HostPool:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def open_pool(config: KVortexConfig, layout: Layout, num_slots: int) -> HostPool:
+    """A pool for blocks of a layout, close to the GPU that they are on.
+
+    Raises:
+        ConfigError: this machine has no such NUMA node.
+        PoolAllocationError: see HostPool.
+    """
+    node = choose_node(config.numa_node, layout.device)
+    return HostPool(num_slots, layout.slot_bytes, layout.device.type == "cuda", node)
+
+
+def slots_of_a_piece(slot_bytes: int) -> int:
+    """The most slots in PIECE_BYTES that are whole pages; of odd sizes it may take more bytes."""
+    least = math.lcm(slot_bytes, mmap.PAGESIZE) // slot_bytes
+    return least * max(1, PIECE_BYTES // (least * slot_bytes))
 
 
 def free_memory_bytes() -> int:
@@ -109,14 +195,6 @@ def require_free_memory(ram_pool_gb: float, size: int, free: int | None = None) 
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
-
-
-def _touch(address: int, size: int) -> None:
-    """Make the kernel hand out every page, on several threads (memset runs without the GIL)."""
-    starts = range(0, size, TOUCH_BYTES)
-    with ThreadPoolExecutor(min(TOUCH_THREADS, os.cpu_count() or 1)) as threads:
-        for start in starts:
-            threads.submit(ctypes.memset, address + start, 0, min(TOUCH_BYTES, size - start))
 
 
 def _cannot(verb: str, size: int, reason: object) -> str:

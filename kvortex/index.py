@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Index:
-    """Slots and the blocks that hold them; there are `num_slots`, numbered from 0.
+    """Slots, numbered from 0, and the blocks that hold them; `num_slots` are in use or free.
 
     A key is readable exactly while its block is RESIDENT. Reserved blocks are not in the map, so
     a key may be stored anew while its older bytes are still being read.
@@ -25,6 +25,9 @@ class Index:
         self.on_change: Callable[[BlockKey, bool], None] = _nobody
         """Told of each key that becomes readable, and of each that no longer is."""
         self._limit = num_slots
+        self._opened = num_slots
+        self._closed: list[int] = []
+        """Slots that nobody holds and that are not given out yet."""
         self._free = list(range(num_slots - 1, -1, -1))
         self._resident: dict[BlockKey, Block] = {}
         self._held = 0
@@ -59,10 +62,17 @@ class Index:
         return iter(self._resident.values())
 
     def limit(self, num_slots: int) -> None:
-        """Give out no slot from `num_slots` on any more; those in use leave with their holder."""
+        """There is no slot from `num_slots` on; those in use leave with their holder."""
         self._limit = min(self._limit, num_slots)
+        self.open(self._opened)
+
+    def open(self, num_slots: int) -> None:
+        """Give out no slot from `num_slots` on until more are opened; at first all are."""
+        self._opened = min(num_slots, self._limit)
+        idle = [slot for slot in (*self._closed, *self._free) if slot < self._limit]
         self.num_slots -= len(self._free)
-        self._free = [slot for slot in self._free if slot < self._limit]
+        self._closed = [slot for slot in idle if slot >= self._opened]
+        self._free = [slot for slot in idle if slot < self._opened]
         self.num_slots += len(self._free)
 
     def adopt(self, slots: Mapping[BlockKey, int]) -> list[Block]:
@@ -124,15 +134,20 @@ class Index:
         if block.pins:
             return
         self._held -= 1
-        if block.slot < self._limit:
+        if block.slot < self._opened:
             self._free.append(block.slot)
-        else:
-            self.num_slots -= 1
+            return
+        self.num_slots -= 1
+        if block.slot < self._limit:
+            self._closed.append(block.slot)
 
     def check(self) -> None:
         """Assert the law of conservation and that no slot has two holders."""
         assert self.free + self.reserved + self.resident == self.num_slots
-        slots = [*self._free, *(block.slot for block in self)]
+        assert self.num_slots + len(self._closed) >= self._limit
+        assert all(self._opened <= slot < self._limit for slot in self._closed)
+        assert all(slot < self._opened for slot in self._free)
+        slots = [*self._free, *self._closed, *(block.slot for block in self)]
         assert len(slots) == len(set(slots))
         assert all(block.state is State.RESIDENT for block in self)
 

@@ -36,6 +36,8 @@ class Counters:
     """Loads for which a request waited while others ran."""
     layered_loads: int = 0
     """Steps in which each layer of the model waited for its own part of the loads."""
+    lost_slots: int = 0
+    """Slots of the pool for which a rank had no memory."""
     unwaited_layers: int = 0
     """Layers that ran before their load was known to have ended; none ever should."""
     disk_survivors: int = 0

@@ -17,7 +17,7 @@ from kvortex.metrics import Counters
 from kvortex.overflow import Overflow
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from kvortex.block import Block
     from kvortex.core import BlockKey
@@ -53,6 +53,7 @@ class OffloadScheduler:
     ) -> None:
         """`disk` is the tier of the workers' disks, if they have any."""
         self.tier = tier
+        self._planned_slots = tier.index.num_slots
         self._block_bytes = slot_bytes * num_ranks
         self.counters = Counters()
         self.overflow: Overflow | None = None
@@ -123,6 +124,10 @@ class OffloadScheduler:
             return None
         return self._plan(Direction.LOAD, blocks, ids, request_id)
 
+    def lose(self, block_ids: Iterable[int]) -> None:
+        """Have GPU blocks reported as lost with the next plan."""
+        self._lost += block_ids
+
     def take_plan(
         self, has_forward: bool = True, by_layer: bool = False, step: int | None = None
     ) -> StepPlan:
@@ -141,8 +146,7 @@ class OffloadScheduler:
         From a failed load that some forward needed, the model may have computed on wrong bytes:
         every store then under way is discarded when it arrives.
         """
-        if report.num_slots is not None:
-            self.tier.index.limit(report.num_slots)
+        self._take_in_pool(report)
         self.counters.layered_loads += report.layered_loads
         if report.unwaited_layers:
             self.counters.unwaited_layers += report.unwaited_layers
@@ -159,6 +163,16 @@ class OffloadScheduler:
         if self.overflow is not None and report.disk is not None:
             self.overflow.settle(report.disk)
         return done
+
+    def _take_in_pool(self, report: StepReport) -> None:
+        """Slots that are not ready on every rank are not given out."""
+        index = self.tier.index
+        if report.num_slots is not None:
+            index.limit(report.num_slots)
+            lost = self._planned_slots - report.num_slots
+            self.counters.lost_slots = max(self.counters.lost_slots, lost)
+        if report.ready_slots is not None:
+            index.open(report.ready_slots)
 
     def discard_stores(self) -> None:
         """Let no store that is now under way become readable."""

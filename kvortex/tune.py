@@ -70,6 +70,7 @@ class Rig:
         }
         self.layout: Layout = make_layout(self.kv_caches)
         self.pool = HostPool(self.num_blocks, self.layout.slot_bytes, pinned=True)
+        self.pool.wait_until_ready()
         self.nbytes = self.num_blocks * self.layout.slot_bytes
         self.block_ids: BlockIds = np.random.default_rng(0).permutation(self.num_blocks)
         self.slots: BlockIds = np.arange(self.num_blocks)

@@ -57,7 +57,8 @@ class Worker:
         self._step: int | None = None
         self._unwaited_layers = 0
         self._logged = False
-        self._num_slots: int | None = copy_engine.pool.num_slots
+        self._told_slots: int | None = None
+        self._pool_grows = copy_engine.pool.num_ready_slots < copy_engine.pool.num_slots
 
     def begin(self, plan: StepPlan, hooked_layers: Collection[str] = ()) -> None:
         """Start the loads; the current stream waits for those that belong to no `request_id`.
@@ -108,18 +109,20 @@ class Worker:
     def report(self) -> StepReport:
         """What ended since the last report."""
         self._poll()
+        num_slots, ready_slots = self._news_of_pool()
         report = StepReport(
             self._finished,
             frozenset(self._failed),
-            self._num_slots,
+            num_slots,
             self._copy_engine.bytes_per_s(Direction.LOAD),
             self._copy_engine.bytes_per_s(Direction.STORE),
             self._layered_loads,
             self._step,
             self._unwaited_layers,
+            ready_slots,
             self._disk.report() if self._disk is not None else None,
         )
-        self._finished, self._failed, self._num_slots = {}, set(), None
+        self._finished, self._failed = {}, set()
         self._layered_loads = self._unwaited_layers = 0
         self._step = None
         return report
@@ -173,8 +176,10 @@ class Worker:
         if not any(len(job.slots) for job in jobs):
             self._end(jobs)
             return ()
+        if not self._has_slots(jobs):
+            self._fail(direction, jobs)
+            return ()
         try:
-            self._check_slots(jobs)
             ids = np.concatenate([job.block_ids for job in jobs])
             slots = np.concatenate([job.slots for job in jobs])
             if by_layer:
@@ -188,15 +193,22 @@ class Worker:
         self._launches.append(_Launch(direction, jobs, tickets[-1]))
         return tickets
 
+    def _news_of_pool(self) -> tuple[int | None, int | None]:
+        """Its size if that is new, and while it grows, how many slots are ready."""
+        pool = self._copy_engine.pool
+        ready = pool.num_ready_slots  # before the size, which becomes final with the last of them
+        size = pool.num_slots
+        news = size if size != self._told_slots else None, ready if self._pool_grows else None
+        self._told_slots, self._pool_grows = size, ready < size
+        return news
+
     def _poll(self) -> None:
         self._launches = [launch for launch in self._launches if not self._ended(launch)]
 
-    def _check_slots(self, jobs: Sequence[Job]) -> None:
-        """Until the scheduler heard of this pool's size it may plan for slots past its end."""
-        num_slots = self._copy_engine.pool.num_slots
+    def _has_slots(self, jobs: Sequence[Job]) -> bool:
+        """Until the scheduler heard how many are ready it may plan for more."""
         last = max(int(job.slots.max()) for job in jobs if len(job.slots))
-        if last >= num_slots:
-            raise TransferError(f"slot {last} does not exist on this rank ({num_slots} slots)")
+        return last < self._copy_engine.pool.num_ready_slots
 
     def _ended(self, launch: _Launch) -> bool:
         try:

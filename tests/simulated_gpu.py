@@ -61,6 +61,8 @@ class SimulatedDriver:
         self.eagerness = self.draw.choice([0.0, 0.0, 0.3, 0.9])
         self.fail_at: int | None = None
         self.events: dict[int, Moment | None] = {}
+        self.pieces = range(0)
+        """Where pieces of the pool begin; no copy may reach from one into the next."""
         self.device = 0
         self.current_stream = 0
         self._streams: dict[int, deque[Callable[[], bool]]] = {}
@@ -113,6 +115,7 @@ class SimulatedDriver:
 
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
         self._count("copy")
+        self._require_one_piece(to, source, nbytes)
         self._put(stream, partial(self._ticking, partial(moved, to, source, nbytes)))
 
     def copy_batch(
@@ -120,6 +123,7 @@ class SimulatedDriver:
     ) -> None:
         self._count("batch")
         for piece in zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True):
+            self._require_one_piece(*piece)
             self._put(stream, partial(self._ticking, partial(moved, *piece)))
 
     def launch(self, stream: int, blocks: Iterator[Callable[[], bool]]) -> None:
@@ -140,6 +144,11 @@ class SimulatedDriver:
     @property
     def idle(self) -> bool:
         return not any(self._streams.values())
+
+    def _require_one_piece(self, to: int, source: int, nbytes: int) -> None:
+        for address in (to, source):
+            inside = range(address + 1, address + nbytes)
+            assert not any(start in inside for start in self.pieces), "a copy spans two pieces"
 
     def _ticking(self, work: Callable[[], bool]) -> bool:
         self.ticks += 1
@@ -247,7 +256,13 @@ def simulate(patch: pytest.MonkeyPatch, driver: SimulatedDriver, **constants: An
 
 
 def simulated_engine(
-    patch: pytest.MonkeyPatch, choice: Choice, *, blocks: int, page: int, num_streams: int = 4
+    patch: pytest.MonkeyPatch,
+    choice: Choice,
+    *,
+    blocks: int,
+    page: int,
+    num_streams: int = 4,
+    piece_slots: int = 1 << 20,
 ) -> tuple[dict[str, torch.Tensor], CudaCopyEngine]:
     """An engine over three layers of `blocks` blocks and as many slots, all full of noise."""
     kv = {
@@ -256,6 +271,9 @@ def simulated_engine(
     layout = make_layout(kv)
     pool = HostPool(blocks, layout.slot_bytes, pinned=False)
     pool.bytes.random_(0, 255)
+    pool.piece_slots = piece_slots
+    end = pool.address + pool.bytes.numel()
+    SimulatedKernel.driver.pieces = range(pool.address, end, piece_slots * pool.slot_bytes)
     chosen = Calibration({4096: dict.fromkeys(Direction, choice)}, "simulated")
     patch.setattr("kvortex.cuda_copy_engine.load_calibration", lambda device: chosen)
     return kv, CudaCopyEngine(layout, pool, num_streams)

@@ -137,7 +137,8 @@ class SimulatedRank:
     written meanwhile: whoever reuses them too early is found out.
     """
 
-    def __init__(self, num_blocks: int, num_slots: int) -> None:
+    def __init__(self, num_blocks: int, num_slots: int, ready_slots: int) -> None:
+        self.ready_slots = ready_slots
         self.gpu: list[Print] = [NOTHING] * num_blocks
         self.host: list[Print] = [NOTHING] * num_slots
         self.spoilt_ends: set[int] = set()
@@ -150,6 +151,7 @@ class SimulatedRank:
         self._finished: dict[int, int] = {}
         self._failed: set[int] = set()
         self._slots_to_tell: int | None = num_slots
+        self._grows = ready_slots < num_slots
 
     def write(self, block: int, found: Print) -> None:
         """Bytes behind those written stay; they are right if they continue the same tokens."""
@@ -215,9 +217,29 @@ class SimulatedRank:
             assert self.host[slot] == TORN, "two stores into one slot"
             self.host[slot] = SPOILT if block in self.spoilt_ends else found
 
+    def grow(self, more: int) -> None:
+        """So many more slots were prepared."""
+        self.ready_slots = min(len(self.host), self.ready_slots + more)
+
+    def run_out(self) -> None:
+        """There is no memory for the slots that are not ready."""
+        if self.ready_slots < len(self.host):
+            del self.host[self.ready_slots :]
+            self._slots_to_tell = len(self.host)
+
+    @property
+    def has_told_its_size(self) -> bool:
+        return self._slots_to_tell is None and not self._grows
+
     def report(self) -> StepReport:
-        report = StepReport(self._finished, frozenset(self._failed), self._slots_to_tell)
+        report = StepReport(
+            self._finished,
+            frozenset(self._failed),
+            self._slots_to_tell,
+            ready_slots=self.ready_slots if self._grows else None,
+        )
         self._finished, self._failed, self._slots_to_tell = {}, set(), None
+        self._grows = self.ready_slots < len(self.host)
         return report
 
     def take_bad_blocks(self) -> set[int]:
@@ -229,7 +251,7 @@ class SimulatedRank:
         return arrived
 
     def _exists(self, job: Job) -> bool:
-        return int(job.slots.max()) < len(self.host)
+        return int(job.slots.max()) < self.ready_slots
 
     def _fail(self, job: Job) -> None:
         if job.request_id is not None:
@@ -262,14 +284,12 @@ class SimulatedModel:
     """Runs a step on all ranks: reads every earlier token of a request and writes the new ones.
 
     What is not spoilt has to be right. `read_spoilt` are the requests that computed from spoilt
-    blocks in the last step; `polluted` tells whether one ever did so after the very step in which a
-    load failed, which only vLLM could have prevented.
+    blocks in the last step: vLLM has to be told in that very step of the first of these blocks.
     """
 
     def __init__(self, ranks: list[SimulatedRank]) -> None:
         self.epoch = 0
         self.read_spoilt: set[str] = set()
-        self.polluted = False
         self._ranks = ranks
         self._tables: dict[str, list[int]] = {}
         self._prompts: dict[str, list[int]] = {}
@@ -280,8 +300,10 @@ class SimulatedModel:
         self.read_spoilt = {row.request_id for row in rows if self._begins_in_spoilt(row)}
         for row in rows:
             self._write(row)
-        read = {block for row in rows for block in self._spoilt_blocks(row)}
-        self.polluted |= bool(self.read_spoilt) or not read <= bad_blocks
+        for row in rows:
+            read = self._spoilt_blocks(row)
+            assert read or row.request_id not in self.read_spoilt
+            assert bad_blocks.issuperset(read[:1]), "vLLM does not know that this is void"
         while spoilt := [row for row in rows if self._newly_spoilt(row)]:
             for row in spoilt:
                 self.read_spoilt.add(row.request_id)

@@ -26,6 +26,9 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("num_cuda_streams", 0, "greater than or equal to 1"),
     ("num_cuda_streams", 33, "less than or equal to 32"),
     ("num_cuda_streams", 1.5, "valid integer"),
+    ("numa_node", -1, "greater than or equal to 0 (at least 0; default None)"),
+    ("numa_node", 0.5, "valid integer"),
+    ("numa_node", True, "should be a number"),
     ("disk_pool_gb", True, "should be a number (more than 0, at most 1048576; default None)"),
     ("disk_pool_gb", 0, "greater than 0"),
     ("disk_max_write_mb_s", -1, "greater than 0"),
@@ -54,8 +57,9 @@ def test_unknown_setting_names_the_known_ones() -> None:
         KVortexConfig(ram_pool_gib=3)
     assert str(caught.value) == (
         "unknown setting ram_pool_gib=3: the settings are "
-        "ram_pool_gb, num_cuda_streams, eviction_policy, admission, load, min_load_tokens, "
-        "trace_path, disk_path, disk_pool_gb, disk_max_write_mb_s, disk_read_deadline_ms"
+        "ram_pool_gb, num_cuda_streams, numa_node, eviction_policy, admission, load, "
+        "min_load_tokens, trace_path, disk_path, disk_pool_gb, disk_max_write_mb_s, "
+        "disk_read_deadline_ms"
     )
 
 
@@ -140,6 +144,7 @@ def test_what_vllm_is_told() -> None:
         "kv_connector_extra_config": {
             "ram_pool_gb": 2.0,
             "num_cuda_streams": 4,
+            "numa_node": None,
             "eviction_policy": "lru_freq",
             "admission": "adaptive",
             "load": "auto",

@@ -376,7 +376,7 @@ def test_a_load_apart_that_fails_is_computed_again(
         answers(llm, asked)
         side, engine = connector(llm)._scheduler, worker_of_this_process()._copy_engine
         monkeypatch.setattr(type(side.costs), "pauses", lambda *_: True)
-        side._running = 1
+        side._loads.running = 1
         copy = engine.copy
 
         def failing(direction: Direction, ids: Any, slots: Any) -> Any:

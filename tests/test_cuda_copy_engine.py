@@ -62,7 +62,12 @@ def test_exact_whatever_overtakes_what(
         cuda_stopwatch__LEAST_BYTES=draw.choice([1, 20 * SLOT]),
     )
     kv, engine = simulated_engine(
-        monkeypatch, choice, blocks=BLOCKS, page=PAGE, num_streams=draw.choice([1, 2, 8])
+        monkeypatch,
+        choice,
+        blocks=BLOCKS,
+        page=PAGE,
+        num_streams=draw.choice([1, 2, 8]),
+        piece_slots=draw.choice([5, 16, BLOCKS]),
     )
     expected = {name: tensor.clone() for name, tensor in kv.items()}
     host = engine.pool.bytes.clone()

@@ -463,7 +463,7 @@ def test_a_pool_above_the_machine() -> None:
 def test_memory_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvortex.host_pool.free_memory_bytes", lambda: 1 << 62)
     monkeypatch.setattr(
-        "kvortex.host_pool.mmap.mmap", lambda *_: (_ for _ in ()).throw(OSError(12))
+        "kvortex.host_memory.mmap.mmap", lambda *_, **__: (_ for _ in ()).throw(OSError(12))
     )
     with pytest.raises(PoolAllocationError, match="lower ram_pool_gb"):
         KVortexEngine(KVortexConfig(), {"a": torch.zeros(4, 16)})

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import mmap
 import re
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from registrations import Registrations
 
 from kvortex.config import GIB
-from kvortex.core import ConfigError, PoolAllocationError
-from kvortex.host_pool import HostPool, free_memory_bytes, require_free_memory
+from kvortex.core import ConfigError, Direction, PoolAllocationError
+from kvortex.host_memory import HostMemory
+from kvortex.host_pool import HostPool, free_memory_bytes, require_free_memory, slots_of_a_piece
+from kvortex.layout import make_layout
+
+MIB = 1 << 20
+SLOT = 64 << 10
+PIECE = 16
+"""Slots of a piece where pieces are made small."""
 
 
 @pytest.fixture
@@ -49,6 +64,191 @@ def test_gpu_reads_and_writes_the_whole_pool() -> None:
         assert pool.bytes.to("cuda")[:, -1].tolist() == [1, 2, 3]
         pool.bytes.copy_(torch.full(pool.bytes.shape, 7, dtype=torch.uint8, device="cuda"))
         assert pool.bytes.eq(7).all()
+
+
+@pytest.fixture
+def pins(monkeypatch: pytest.MonkeyPatch) -> Registrations:
+    """Pieces are of PIECE slots, and registered in a list."""
+    monkeypatch.setattr("kvortex.host_pool.PIECE_BYTES", PIECE * SLOT)
+    return Registrations(monkeypatch)
+
+
+def of_pool() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name.startswith("kvortex-")]
+
+
+def let_it_end(pool: HostPool) -> None:
+    assert pool._preparation is not None
+    pool._preparation._thread.join()
+
+
+def test_the_first_piece_is_ready_while_the_others_are_made(pins: Registrations) -> None:
+    pins.hold_at = 2
+    with HostPool(5 * PIECE - 3, SLOT, pinned=True) as pool:
+        assert pool.piece_slots == PIECE
+        assert pool.num_slots == 5 * PIECE - 3
+        assert pins.held.wait(60)
+        assert pool.num_ready_slots == 2 * PIECE
+        assert pool.pinned_bytes == 2 * PIECE * SLOT
+        pool.bytes[: pool.num_ready_slots].fill_(7)
+        pins.go.set()
+        pool.wait_until_ready()
+        assert pool.num_ready_slots == pool.num_slots == 5 * PIECE - 3
+        assert pool.pinned_bytes == pool.bytes.numel()
+        assert pool.bytes[: 2 * PIECE].eq(7).all()
+        starts = [pool.address + i * PIECE * SLOT for i in range(5)]
+        assert pins.now == dict(zip(starts, [PIECE * SLOT] * 4 + [13 * SLOT], strict=True))
+    assert pins.now == {}
+    assert of_pool() == []
+
+
+def test_slots_only_become_more(pins: Registrations) -> None:
+    seen: list[int] = []
+    with HostPool(40 * PIECE, SLOT, pinned=True) as pool:
+        while not seen or seen[-1] < pool.num_slots:
+            seen.append(pool.num_ready_slots)
+    assert seen == sorted(seen)
+    assert seen[0] >= PIECE
+    assert {number % PIECE for number in seen} == {0}
+
+
+def test_unpinned_memory_is_ready_at_once() -> None:
+    with HostPool(1 << 14, SLOT, pinned=False) as pool:
+        assert pool.num_ready_slots == pool.num_slots == 1 << 14
+        pool.wait_until_ready()
+        assert pool.pinned_bytes == 0
+
+
+def test_a_pool_stays_at_what_could_be_prepared(
+    pins: Registrations, caplog: pytest.LogCaptureFixture
+) -> None:
+    pins.refuse_at = 3
+    before = resident_bytes()
+    with HostPool(64 * PIECE, SLOT, pinned=True) as pool:
+        let_it_end(pool)
+        assert pool.num_slots == pool.num_ready_slots == 3 * PIECE
+        assert pool.pinned_bytes == 3 * PIECE * SLOT
+        assert resident_bytes() - before < 4 * PIECE * SLOT
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == "Only 0.0029 of 0.062 GiB of host memory: out of memory."
+    assert pins.now == {}
+
+
+def test_who_needs_all_of_it_gets_an_error(pins: Registrations) -> None:
+    pins.refuse_at = 3
+    pool = HostPool(64 * PIECE, SLOT, pinned=True)
+    with pytest.raises(PoolAllocationError, match=r"cannot pin 0\.1 GiB .* \(out of memory\)"):
+        pool.wait_until_ready()
+    assert pins.now == {}
+    assert pool.bytes.numel() == 0
+
+
+def test_nothing_can_be_prepared(pins: Registrations, caplog: pytest.LogCaptureFixture) -> None:
+    pins.refuse_at = 0
+    with pytest.raises(PoolAllocationError, match=r"out of memory.*lower ram_pool_gb"):
+        HostPool(64 * PIECE, SLOT, pinned=True)
+    assert pins.now == {}
+    assert of_pool() == []
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("cores", [1, 3, 64])
+@pytest.mark.parametrize("last", [1, 700, 4096])
+def test_every_page_is_populated_once(
+    cores: int, last: int, pins: Registrations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("kvortex.host_pool.PIECE_BYTES", 4096 * SLOT)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr(HostMemory, "populate", lambda _, *part: asked.append(part))
+    with HostPool(4096 + last, SLOT, pinned=True) as pool:
+        pool.wait_until_ready()
+        size = pool.bytes.numel()
+    asked.sort()
+    ends = [start + nbytes for start, nbytes in asked]
+    assert [start for start, _ in asked] == [0, *ends[:-1]]
+    assert ends[-1] == size
+
+
+def test_pages_run_out(pins: Registrations, monkeypatch: pytest.MonkeyPatch) -> None:
+    populate = HostMemory.populate
+
+    def short(memory: HostMemory, start: int, nbytes: int) -> None:
+        if start >= 2 * PIECE * SLOT:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        populate(memory, start, nbytes)
+
+    monkeypatch.setattr(HostMemory, "populate", short)
+    with HostPool(64 * PIECE, SLOT, pinned=True) as pool:
+        let_it_end(pool)
+        assert pool.num_slots == 2 * PIECE
+
+
+def test_closed_while_it_prepares(pins: Registrations) -> None:
+    pins.hold_at = 2
+    pool = HostPool(64 * PIECE, SLOT, pinned=True)
+    assert pins.held.wait(60)
+    threading.Timer(0.05, pins.go.set).start()
+    pool.close()
+    assert pins.count <= 4
+    assert pins.now == {}
+    assert pool.pinned_bytes == 0
+    assert of_pool() == []
+    pool.close()
+
+
+@given(st.integers(1, 4096).map(lambda n: 16 * n) | st.integers(1, 1 << 25).map(lambda n: 16 * n))
+def test_pieces_are_whole_slots_and_whole_pages(slot_bytes: int) -> None:
+    slots = slots_of_a_piece(slot_bytes)
+    size, least = slots * slot_bytes, np.lcm(slot_bytes, mmap.PAGESIZE)
+    assert size % mmap.PAGESIZE == 0
+    assert size == least or 128 * MIB < size <= 256 * MIB
+
+
+def test_an_unknown_node_is_no_obstacle(caplog: pytest.LogCaptureFixture) -> None:
+    with HostPool(4, SLOT, pinned=False, node=1000) as pool:
+        assert pool.bytes.fill_(1).eq(1).all()
+    assert len(caplog.records) == 1
+
+
+def test_placement_is_told(
+    pins: Registrations, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kvortex.host_pool.prefer_node", lambda *_: True)
+    placed = {0: 0.25, 1: 0.75}
+    monkeypatch.setattr("kvortex.host_pool.nodes_of", lambda *_: placed)
+    with HostPool(2 * PIECE, SLOT, pinned=True, node=1) as pool:
+        let_it_end(pool)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == ("Host memory for NUMA node 1 is 25% on node 0, 75% on node 1.")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mover", ["zero-copy", "staged", "dma"])
+def test_copies_over_many_pieces(mover: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks, whose slots are neighbours over the ends of pieces."""
+    from kvortex.calibration import Calibration, Choice
+    from kvortex.cuda_copy_engine import CudaCopyEngine
+
+    monkeypatch.setattr("kvortex.host_pool.PIECE_BYTES", MIB)
+    chosen = Calibration({4096: dict.fromkeys(Direction, Choice(mover, mover, 0, 0, 8))}, "a test")
+    monkeypatch.setattr("kvortex.cuda_copy_engine.load_calibration", lambda device: chosen)
+    kv = torch.randint(0, 255, (333, 3 * SLOT), dtype=torch.uint8, device="cuda")
+    before, layout = kv.clone(), make_layout({"a": kv})
+    with HostPool(333, layout.slot_bytes, pinned=True) as pool:
+        pool.wait_until_ready()
+        assert pool.piece_slots == 5
+        engine = CudaCopyEngine(layout, pool, 4)
+        numbers = np.arange(333)
+        assert engine.copy(Direction.STORE, numbers, numbers).wait()
+        assert torch.equal(pool.bytes, before.cpu())
+        kv.zero_()
+        assert engine.copy(Direction.LOAD, numbers, numbers).wait()
+        assert torch.equal(kv, before)
+        engine.close()
 
 
 def test_closed_twice(pinned: bool) -> None:

@@ -114,6 +114,86 @@ def test_slots_past_a_limit_leave_with_their_holder() -> None:
     assert index.num_slots == 1
 
 
+def test_slots_are_opened_as_they_come() -> None:
+    index = Index(6)
+    index.open(2)
+    index.check()
+    assert (index.num_slots, *counts(index)) == (2, 2, 0, 0)
+    blocks = [index.reserve(bytes([i])) for i in range(2)]
+    assert sorted(block.slot for block in blocks) == [0, 1]
+    index.open(5)
+    index.check()
+    assert (index.num_slots, *counts(index)) == (5, 3, 2, 0)
+    index.open(6)
+    index.check()
+    assert (index.num_slots, *counts(index)) == (6, 4, 2, 0)
+
+
+def test_a_slot_that_was_given_out_too_early_waits_until_it_is_ready() -> None:
+    index = Index(6)
+    blocks = [index.reserve(bytes([i])) for i in range(4)]
+    index.open(2)
+    index.check()
+    assert (index.num_slots, *counts(index)) == (4, 0, 4, 0)
+    index.forget(blocks[3])
+    index.check()
+    assert (index.num_slots, *counts(index)) == (3, 0, 3, 0)
+    index.forget(blocks[0])
+    assert (index.num_slots, *counts(index)) == (3, 1, 2, 0)
+    index.open(6)
+    index.check()
+    assert (index.num_slots, *counts(index)) == (6, 4, 2, 0)
+
+
+def test_no_slot_is_opened_past_a_limit() -> None:
+    index = Index(6)
+    index.open(2)
+    index.limit(4)
+    index.check()
+    assert index.num_slots == 2
+    index.open(6)
+    index.check()
+    assert index.num_slots == 4
+
+
+def test_check_finds_a_closed_slot_that_was_lost() -> None:
+    index = Index(6)
+    index.open(2)
+    index.check()
+    index._closed.pop()
+    with pytest.raises(AssertionError):
+        index.check()
+
+
+@given(
+    acts=st.lists(
+        st.tuples(st.sampled_from(["open", "limit", "reserve", "forget"]), st.integers(0, 8))
+    )
+)
+def test_no_slot_is_lost_or_given_out_before_its_time(acts: list[tuple[str, int]]) -> None:
+    index, opened, limit = Index(8), 8, 8
+    held: list[Block] = []
+    for act, number in acts:
+        if act == "open":
+            opened = number
+            index.open(number)
+        elif act == "limit":
+            limit = min(limit, number)
+            index.limit(number)
+            opened = min(opened, limit)
+        elif act == "reserve" and index.free:
+            held.append(index.reserve(b"a"))
+            assert held[-1].slot < min(opened, limit)
+        elif act == "forget" and held:
+            index.forget(held.pop(number % len(held)))
+        index.check()
+    for block in held:
+        index.forget(block)
+    index.open(8)
+    index.check()
+    assert index.free == index.num_slots == limit
+
+
 @pytest.mark.parametrize(
     "act", ["publish twice", "second of a key", "pin reserved", "unpin unpinned"]
 )

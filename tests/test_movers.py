@@ -30,21 +30,29 @@ def ids(*numbers: int) -> np.ndarray:
 @given(
     pieces=st.lists(
         st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(1, 5)), max_size=30
-    )
+    ),
+    piece_bytes=st.integers(1, 50),
 )
 def test_merged_pieces_name_the_same_bytes_in_the_same_order(
-    pieces: list[tuple[int, int, int]],
+    pieces: list[tuple[int, int, int]], piece_bytes: int
 ) -> None:
+    """`other` is in the pool, whose pieces are of `piece_bytes`."""
     one, other, sizes = np.array(pieces, np.uint64).reshape(-1, 3).T
+    within = other.astype(np.int64) // piece_bytes
 
     def pairs(a: np.ndarray, b: np.ndarray, n: np.ndarray) -> list[tuple[int, int]]:
         rows = zip(a.tolist(), b.tolist(), n.tolist(), strict=True)
         return [(x + i, y + i) for x, y, size in rows for i in range(size)]
 
-    joined = merged(one, other, sizes)
+    joined = merged(one, other, sizes, within)
     assert pairs(*joined) == pairs(one, other, sizes)
     a, b, n = joined
-    assert not np.any((a[:-1] + n[:-1] == a[1:]) & (b[:-1] + n[:-1] == b[1:]))
+    starts = np.searchsorted(np.cumsum(sizes), np.cumsum(n) - n, side="right")
+    follow = (a[:-1] + n[:-1] == a[1:]) & (b[:-1] + n[:-1] == b[1:])
+    ends = [*(starts[1:] - 1), len(sizes) - 1]
+    for first, last in zip(starts.tolist(), ends, strict=False):
+        assert len(set(within[first : last + 1].tolist())) == 1
+    assert np.all(within[starts[1:] - 1] != within[starts[1:]], where=follow)
 
 
 def test_slots_come_in_order_with_their_blocks() -> None:

@@ -274,3 +274,33 @@ def test_the_smallest_pool_of_all_ranks_is_the_limit() -> None:
     assert sorted(job.slots.tolist()) == [0, 1]
     assert keeper.counters.refused_stores == 1
     assert keeper.tier.index.num_slots == 2
+    assert keeper.counters.lost_slots == 2
+
+
+def test_slots_are_given_out_once_every_rank_has_them() -> None:
+    keeper = scheduler(8, num_ranks=2)
+    keeper.settle(StepReport(num_slots=8).merge(StepReport(num_slots=8, ready_slots=2)))
+    first = planned_store(keeper, [A, B, C], [1, 2, 3])
+    assert sorted(first.slots.tolist()) == [0, 1]
+    keeper.settle(StepReport(ready_slots=4).merge(StepReport()))
+    assert sorted(planned_store(keeper, [C, D, b"e"], [3, 4, 5]).slots.tolist()) == [2, 3]
+    keeper.settle(StepReport(num_slots=6, ready_slots=6).merge(StepReport(ready_slots=5)))
+    assert planned_store(keeper, [b"e", b"f"], [5, 6]).slots.tolist() == [4]
+    keeper.settle(StepReport(ready_slots=8))
+    assert planned_store(keeper, [b"f", b"g"], [6, 7]).slots.tolist() == [5]
+    assert keeper.counters.lost_slots == 2
+    keeper.tier.index.check()
+
+
+def test_a_store_into_slots_that_were_not_ready_is_only_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the first step nobody has told yet how many there are."""
+    keeper = scheduler(4)
+    job = planned_store(keeper, [A, B, C], [0, 1, 2])
+    keeper.settle(StepReport({job.id: 1}, frozenset({job.id}), num_slots=4, ready_slots=2))
+    assert counts(keeper) == (2, 0, 0)
+    stored(keeper, A, B)
+    assert counts(keeper) == (0, 0, 2)
+    keeper.settle(StepReport(ready_slots=4))
+    assert counts(keeper) == (2, 0, 2)

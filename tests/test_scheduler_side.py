@@ -106,7 +106,7 @@ def test_a_long_load_waits_apart_only_beside_others() -> None:
     keeper = filled(side(), asked)
     keeper.costs.load_bytes_per_s = 50e9  # 1 GB: 20 ms
     assert keeper.match(asked, 0) == (15_984, False)
-    keeper._running = 1
+    keeper._loads.running = 1
     assert keeper.match(asked, 0) == (15_984, True)
     assert keeper.match(asked, 15_200) == (784, False)  # 1 ms
 
@@ -148,10 +148,14 @@ class Pool:
 
     def __init__(self, num_blocks: int) -> None:
         self.blocks = [SimpleNamespace(is_null=not n, ref_cnt=1) for n in range(num_blocks)]
+        self.evicted: set[int] = set()
 
     def touch(self, blocks: list[Any]) -> None: ...
 
     def free_blocks(self, blocks: Any) -> None: ...
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        self.evicted |= block_ids
 
 
 def allocated(keeper: SchedulerSide, asked: Any, block_ids: list[int], external: int) -> None:
@@ -202,7 +206,8 @@ def test_what_another_connector_was_to_load_is_not_ours_to_store() -> None:
 
 def test_another_connectors_failed_load_spoils_what_is_under_way() -> None:
     keeper, asked = side(), request(96)
-    keeper.bind_gpu_block_pool(Pool(16))
+    pool: Any = Pool(16)
+    keeper.bind_gpu_block_pool(pool)
     keeper.match(asked, 0)
     allocated(keeper, asked, [1, 2, 3, 4, 5, 6], 0)
     assert planned(keeper, asked, 0, 96) == [1, 2, 3, 4, 5, 6]
@@ -212,6 +217,7 @@ def test_another_connectors_failed_load_spoils_what_is_under_way() -> None:
     keeper.offload.settle(StepReport({0: 1}))
     assert keeper.offload.tier.index.resident == 0
     assert keeper._tracked[asked.request_id].considered == 1
+    assert pool.evicted == {2, 3, 4, 5, 6}
 
 
 def test_a_failed_window_is_told_by_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 from doubles import CommandedCopyEngine, commanded
 
 from kvortex.core import Direction, Job, StepPlan, StepReport
+from kvortex.host_pool import HostPool
 from kvortex.worker import Worker
 
 
@@ -20,6 +21,16 @@ def engine() -> CommandedCopyEngine:
         page[number] = number + 1
         engine.pool.bytes[number] = 100 + number
     return engine
+
+
+class Growing(HostPool):
+    """As many slots are ready as the test says."""
+
+    num_slots = num_ready_slots = 0
+
+    def __init__(self, num_slots: int, ready: int) -> None:
+        super().__init__(num_slots, 16, pinned=False)
+        self.num_slots, self.num_ready_slots = num_slots, ready
 
 
 def job(number: int, *pairs: tuple[int, int]) -> Job:
@@ -164,6 +175,47 @@ def test_the_next_step_stores_again(engine: CommandedCopyEngine) -> None:
     worker.begin(StepPlan(stores=(job(2, (3, 6)),)))
     worker.store()
     assert engine.directions == [Direction.STORE]
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+def test_slots_that_are_not_ready_yet(
+    engine: CommandedCopyEngine, direction: Direction, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.pool = Growing(8, ready=3)
+    worker = Worker(engine)
+    assert worker.report() == StepReport(num_slots=8, ready_slots=3)
+    jobs = (job(1, (0, 3)),)
+    loads = jobs if direction is Direction.LOAD else ()
+    stores = jobs if direction is Direction.STORE else ()
+    worker.begin(StepPlan(loads, stores, has_forward=False))
+    assert engine.tickets == []
+    assert worker.report().failed == {1}
+    assert caplog.records == []
+    engine.pool.num_ready_slots = 4
+    worker.begin(StepPlan(loads, stores, has_forward=False))
+    assert engine.directions == [direction]
+
+
+def test_a_growing_pool_is_told_until_it_is_ready(engine: CommandedCopyEngine) -> None:
+    """Also in steps in which it did not grow: another rank's report would hide it."""
+    engine.pool = pool = Growing(8, ready=3)
+    worker = Worker(engine)
+    assert worker.report() == StepReport(num_slots=8, ready_slots=3)
+    assert worker.report() == StepReport(ready_slots=3)
+    pool.num_ready_slots = 5
+    assert worker.report() == StepReport(ready_slots=5)
+    pool.num_ready_slots = 8
+    assert worker.report() == StepReport(ready_slots=8)
+    assert worker.report() == StepReport()
+
+
+def test_a_pool_that_stops_growing_tells_its_size_again(engine: CommandedCopyEngine) -> None:
+    engine.pool = pool = Growing(8, ready=3)
+    worker = Worker(engine)
+    worker.report()
+    pool.num_slots = pool.num_ready_slots = 6
+    assert worker.report() == StepReport(num_slots=6, ready_slots=6)
+    assert worker.report() == StepReport()
 
 
 @pytest.mark.parametrize("direction", list(Direction))

@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvortex.connector.bad_blocks import BadBlocks
 from kvortex.connector.host_events import HostEvents
+from kvortex.connector.load_planner import LoadPlanner
 from kvortex.connector.messages import ReportMessage
 from kvortex.connector.tracked_request import TrackedRequest
 from kvortex.core import Direction, StepPlan
@@ -15,7 +17,6 @@ from kvortex.engine import slots_in_pool
 from kvortex.metrics import Gauges
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
-from kvortex.prefix_match import longest_prefix
 from kvortex.recorder import Recorder
 from kvortex.scheduler import OffloadScheduler
 from kvortex.step_clock import StepClock
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
 
     from kvortex.config import KVortexConfig
     from kvortex.connector.geometry import Geometry
-    from kvortex.core import BlockKey, Job
-    from kvortex.prefix_match import Reach
+    from kvortex.core import BlockKey
 
 FAILED_STATUS = "FINISHED_ERROR"
 
@@ -63,18 +63,15 @@ class SchedulerSide:
         )
         self.offload = OffloadScheduler(tier, geometry.num_ranks, geometry.slot_bytes)
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
-        self._config = config
         self._reaches = geometry.reaches
-        self._always_apart = not geometry.names_failed_blocks
+        self._loads = LoadPlanner(config, geometry, tier.readable, self.costs)
         self._block_tokens = geometry.block_tokens
         self._pool: BlockPool | None = None
         self._tracked: dict[str, TrackedRequest] = {}
         self._held: dict[int, list[KVCacheBlock]] = {}
         self._clock = StepClock()
         self._recorder = _open_recorder(config, geometry)
-        self._running = 0
-        self._loading_tokens = 0.0
-        self._awaited_tokens = 0.0
+        self._bad = BadBlocks(geometry.block_tokens)
         self._store_bytes_per_s: float | None = None
 
     def tell_events(self) -> HostEvents:
@@ -114,19 +111,7 @@ class SchedulerSide:
             return 0, False
         tracked = self._track(request)
         tracked.first = num_computed_tokens // self._block_tokens
-        last = tracked.most_loaded(request.num_tokens - 1) // self._block_tokens
-        keys = [tracked.keys(group, tracked.first, last) for group in range(len(self._reaches))]
-        end = longest_prefix(
-            self.offload.tier.readable, keys, self._reaches, tracked.first, self._block_tokens
-        )
-        num_tokens = (end - tracked.first) * self._block_tokens
-        loaded = self._loaded_tokens(tracked.first, end)
-        tracked.unpaid = num_tokens
-        if num_tokens <= 0 or not self._pays(num_tokens, loaded):
-            return 0, False
-        tracked.unpaid = 0
-        tracked.apart = self._waits_apart(loaded)
-        return num_tokens, tracked.apart
+        return self._loads.choose(tracked), tracked.apart
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM gave the request its blocks, and runs it in this step or once its load is there."""
@@ -139,7 +124,7 @@ class SchedulerSide:
             tracked.touched = True
             self._touch(tracked)
             self._record(tracked, num_external_tokens)
-        self._running += 1
+        self._loads.running += 1
         self.offload.counters.unpaid_tokens += tracked.unpaid
         self.offload.counters.hit_tokens += num_external_tokens
         tracked.unpaid = 0
@@ -148,18 +133,16 @@ class SchedulerSide:
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """Plan to store every block that this step completes."""
-        rows = [
-            row
-            for tracked, before, after in self._advance(output)
-            for row in self._completed(tracked, before, after)
-        ]
-        self._store(rows)
+        steps = list(self._advance(output))
+        if self._bad:
+            self._report_again(steps)
+        self._store([row for step in steps for row in self._completed(*step)])
         num_tokens = output.total_num_scheduled_tokens
-        self._running = len(output.num_scheduled_tokens)
+        self._loads.running = len(output.num_scheduled_tokens)
+        awaited = self._loads.take_awaited()
         # A step without tokens says nothing, and one that waits for a load nothing of prefill.
-        step = self._clock.begin(0 if self._awaited_tokens else num_tokens) if num_tokens else None
-        by_layer = self._awaited_tokens > 0 and self.costs.hides(self._awaited_tokens, num_tokens)
-        self._awaited_tokens = 0
+        step = self._clock.begin(0 if awaited else num_tokens) if num_tokens else None
+        by_layer = awaited > 0 and self.costs.hides(awaited, num_tokens)
         return self.offload.take_plan(num_tokens > 0, by_layer, step)
 
     def finished(self, request: Request) -> None:
@@ -173,6 +156,8 @@ class SchedulerSide:
         """Take in the workers' report of a step."""
         if output.invalid_block_ids:  # maybe of another connector's load, beside this one
             self.offload.discard_stores()
+            self._bad.add(output.invalid_block_ids)
+            self._take_from_gpu_cache(output.invalid_block_ids)
             self._compute_again()
         message = output.kv_connector_worker_meta
         if not isinstance(message, ReportMessage):
@@ -187,7 +172,7 @@ class SchedulerSide:
             if flight.direction is Direction.STORE:
                 self._release(flight.job.id)
                 continue
-            self._loading_tokens -= self._tokens_of(flight.job)
+            self._loads.ended(flight.job)
             if flight.failed:
                 self._compute_again()
 
@@ -212,51 +197,44 @@ class SchedulerSide:
         now = time.monotonic()
         self._recorder.record(request.request_id, keys, hits, request.num_prompt_tokens, now)
 
-    def _pays(self, num_tokens: int, loaded: float) -> bool:
-        if num_tokens < self._config.min_load_tokens:
-            return False
-        if self._config.load == "always":
-            return True
-        return self.costs.pays(num_tokens, loaded, self._loading_tokens)
-
-    def _waits_apart(self, loaded: float) -> bool:
-        """Whether others would be held up by a step that waits for this load."""
-        return self._always_apart or (self._running > 0 and self.costs.pauses(loaded))
-
-    def _loaded_tokens(self, first: int, end: int) -> float:
-        """What a load of blocks moves, in tokens of all groups: of windows, only what they see."""
-        starts = (self._start(reach, first, end) for reach in self._reaches)
-        return sum(end - start for start in starts) * self._block_tokens / len(self._reaches)
-
-    def _start(self, reach: Reach, first: int, end: int) -> int:
-        """The first block, from `first` on, that a group looks at behind block `end`."""
-        return max(first, reach.first_token(end * self._block_tokens) // self._block_tokens)
-
     def _load(self, tracked: TrackedRequest, num_tokens: int) -> None:
         """Plan to fill what every group needs of the tokens after the first missing block."""
-        first, end = tracked.first, tracked.first + num_tokens // self._block_tokens
-        keys: list[BlockKey] = []
-        block_ids: list[int] = []
-        for group, reach in enumerate(self._reaches):
-            start = self._start(reach, first, end)
-            keys += tracked.keys(group, start, end)
-            block_ids += tracked.block_ids[group][start:end]
+        keys, block_ids = self._loads.blocks(tracked, num_tokens)
+        self._bad.discard(block_ids)
         request_id = tracked.request.request_id if tracked.apart else None
         job = self.offload.load(keys, block_ids, request_id)
         if job is not None:
-            self._loading_tokens += self._tokens_of(job)
-        if not tracked.apart:
-            self._awaited_tokens += self._loaded_tokens(first, end)
+            self._loads.began(job)
+
+    def _take_from_gpu_cache(self, bad: set[int]) -> None:
+        """Let nobody else find blocks that failed to load, or what was computed from them.
+
+        vLLM leaves them under their hashes, as they are to be computed again; until they are, or
+        where that is cut short, others would compute from wrong bytes.
+        """
+        if self._pool is None:
+            return
+        spoilt = set(bad)
+        for tracked in self._tracked.values():
+            for ids in tracked.block_ids:
+                first = next((n for n, block_id in enumerate(ids) if block_id in bad), len(ids))
+                spoilt.update(ids[first:])
+        self._pool.evict_blocks(spoilt)
+
+    def _report_again(self, steps: list[tuple[TrackedRequest, int, int]]) -> None:
+        """Have vLLM hear once more of bad blocks that this step reads; what it computes is void."""
+        for tracked, before, after in steps:
+            for ids in tracked.block_ids:
+                self._bad.compute(tracked.request.request_id, ids, before, after)
+        for tracked, before, _ in steps:
+            for ids in tracked.block_ids:
+                self.offload.lose(self._bad.read(tracked.request.request_id, ids, before))
 
     def _compute_again(self) -> None:
         """A load failed: what vLLM computes once more is to be stored like new, and only that."""
         for tracked in self._tracked.values():
             computed = tracked.request.num_computed_tokens // self._block_tokens
             tracked.considered = min(tracked.considered, computed)
-
-    def _tokens_of(self, job: Job) -> float:
-        """As `_loaded_tokens`."""
-        return len(job.block_ids) * self._block_tokens / len(self._reaches)
 
     def _track(self, request: Request) -> TrackedRequest:
         tracked = self._tracked.get(request.request_id)

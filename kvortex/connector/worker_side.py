@@ -11,7 +11,7 @@ from vllm.distributed.parallel_state import get_world_group
 
 from kvortex.config import GIB
 from kvortex.engine import slots_in_pool
-from kvortex.host_pool import HostPool, free_memory_bytes, require_free_memory
+from kvortex.host_pool import free_memory_bytes, open_pool, require_free_memory
 from kvortex.layout import make_layout
 from kvortex.worker import open_copy_engine, open_worker
 
@@ -38,7 +38,7 @@ class WorkerSide:
         size = num_slots * layout.slot_bytes
         free, ranks = _memory_of_all_ranks()
         require_free_memory(config.ram_pool_gb, size * ranks, free)
-        self._pool = HostPool(num_slots, layout.slot_bytes, pinned=layout.device.type == "cuda")
+        self._pool = open_pool(config, layout, num_slots)
         self.worker = open_worker(layout, self._pool, config.num_cuda_streams)
         logger.info(
             "KVortex: %.1f GiB of host RAM hold %d blocks, %d tokens, against %d tokens on %s",

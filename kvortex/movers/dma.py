@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from kvortex.core import BlockIds
     from kvortex.cuda_driver import Addresses, Handle
+    from kvortex.host_pool import HostPool
 
 
 class DmaMover(Mover):
@@ -23,24 +24,23 @@ class DmaMover(Mover):
     Args:
         direction: of every copy.
         runs: int64 (num_runs, 4) on the CPU, see `Layout.run_table`.
-        slots: address of slot 0.
-        slot_bytes: from one slot to the next.
+        pool: pinned.
     """
 
-    def __init__(
-        self, direction: Direction, runs: torch.Tensor, slots: int, slot_bytes: int
-    ) -> None:
+    def __init__(self, direction: Direction, runs: torch.Tensor, pool: HostPool) -> None:
         self._store = direction is Direction.STORE
         self._base, self._stride, self._offset, self._size = runs.numpy().T.astype(np.uint64)
-        self._slots = np.uint64(slots)
-        self._slot_bytes = np.uint64(slot_bytes)
+        self._slots = np.uint64(pool.address)
+        self._slot_bytes = np.uint64(pool.slot_bytes)
+        self._piece_slots = pool.piece_slots
         self._driver = cuda_driver()
 
     def submit(self, block_ids: BlockIds, slots: BlockIds, stream: Handle) -> None:
         ids, places = block_ids.astype(np.uint64)[:, None], slots.astype(np.uint64)[:, None]
         gpu = (self._base + ids * self._stride).ravel()
         host = (self._slots + places * self._slot_bytes + self._offset).ravel()
-        gpu, host, sizes = merged(gpu, host, np.tile(self._size, len(block_ids)))
+        pieces = np.repeat(slots // self._piece_slots, len(self._size))
+        gpu, host, sizes = merged(gpu, host, np.tile(self._size, len(block_ids)), pieces)
         if self._store:
             self._driver.copy_batch(host, gpu, sizes, stream)
         else:
@@ -48,11 +48,15 @@ class DmaMover(Mover):
 
 
 def merged(
-    one: Addresses, other: Addresses, sizes: Addresses
+    one: Addresses, other: Addresses, sizes: Addresses, pieces: BlockIds
 ) -> tuple[Addresses, Addresses, Addresses]:
-    """Join neighbours that follow each other on both sides; all three are uint64 (n,)."""
+    """Join neighbours that follow each other on both sides, within one piece of the pool.
+
+    All four are of shape (n,); `pieces` tells in which piece each one is.
+    """
     if len(sizes) < 2:
         return one, other, sizes
     follows = (one[:-1] + sizes[:-1] == one[1:]) & (other[:-1] + sizes[:-1] == other[1:])
+    follows &= pieces[:-1] == pieces[1:]
     starts = np.concatenate(([0], np.flatnonzero(~follows) + 1))
     return one[starts], other[starts], np.add.reduceat(sizes, starts)

@@ -53,21 +53,21 @@ def open_movers(
         ids: where kernels shall find their ids.
         events: where movers get theirs.
     """
-    runs, slots = layout.run_table(), pool.bytes.data_ptr()
+    runs = layout.run_table()
     on_gpu = runs.to(layout.device)
     tiling = tiling_of(runs, pool.slot_bytes)
     movers: dict[str, Mover] = {}
     if ZERO_COPY in names:
         kernel = PagedKernel(on_gpu, pool.bytes, tiling, direction, ids.rows)
-        movers[ZERO_COPY] = ZeroCopyMover(kernel, programs, slots, ids)
+        movers[ZERO_COPY] = ZeroCopyMover(kernel, programs, pool.address, ids)
     if DMA in names:
-        movers[DMA] = DmaMover(direction, runs, slots, pool.slot_bytes)
+        movers[DMA] = DmaMover(direction, runs, pool)
     if STAGED in names:
         try:
             buffers = _buffers(layout, pool)
             kernel = PagedKernel(on_gpu, buffers[0], tiling, direction, ids.rows, dense=True)
             movers[STAGED] = StagedMover(
-                kernel, direction, buffers, STAGED_PROGRAMS, slots, ids, events
+                kernel, direction, buffers, STAGED_PROGRAMS, pool, ids, events
             )
         except torch.OutOfMemoryError:
             logger.warning(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvortex.core import BlockIds
     from kvortex.cuda_driver import Handle
     from kvortex.cuda_ticket import EventPool
+    from kvortex.host_pool import HostPool
     from kvortex.id_ring import IdRing
     from kvortex.paged_kernel import PagedKernel
 
@@ -36,7 +37,7 @@ class StagedMover(Mover):
         direction: of the kernel.
         buffers: uint8 (two or more, blocks, slot_bytes) on the GPU.
         programs: size of the grid.
-        slots: address of slot 0.
+        pool: pinned.
         ids: where the kernel finds the first chunk's ids; for the others they are copied to the
             GPU, because over a link that is full they would arrive too late.
         events: where its own come from.
@@ -48,7 +49,7 @@ class StagedMover(Mover):
         direction: Direction,
         buffers: torch.Tensor,
         programs: int,
-        slots: int,
+        pool: HostPool,
         ids: IdRing,
         events: EventPool,
     ) -> None:
@@ -56,7 +57,8 @@ class StagedMover(Mover):
         self._store = direction is Direction.STORE
         self._buffers = buffers
         self._programs = programs
-        self._slots = slots
+        self._slots = pool.address
+        self._piece_slots = pool.piece_slots
         _, self._most_blocks, self._slot_bytes = buffers.shape
         self._least_blocks = max(1, LEAST_CHUNK_BYTES // self._slot_bytes)
         self._ids = ids
@@ -76,7 +78,8 @@ class StagedMover(Mover):
         block_ids, slots = in_order_of_slots(block_ids, slots)
         rows = self._ids.write(block_ids, slots)
         self._driver.record(self._ready, stream)
-        breaks = np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1
+        apart = (slots[1:] != slots[:-1] + 1) | (slots[1:] % self._piece_slots == 0)
+        breaks = np.flatnonzero(apart) + 1
         start = turn = 0
         while start < len(slots):
             end = start + self._chunk_blocks(start, len(slots) - start)
@@ -124,7 +127,8 @@ class StagedMover(Mover):
     ) -> None:
         """Between a buffer and `slots[start:end]`, one DMA copy for each stretch of neighbours.
 
-        `breaks` are the places in `slots` at which one does not follow the one before.
+        `breaks` are the places in `slots` at which one does not follow the one before, or begins
+        a piece of the pool.
         """
         nbytes = self._slot_bytes
         first, last = np.searchsorted(breaks, (start + 1, end)) if len(breaks) else (0, 0)
