@@ -13,6 +13,7 @@ from disks import Faults, all_ended, block_bytes, content, ended, fill, opened, 
 import kvortex.disk.breaker
 import kvortex.disk.lane
 import kvortex.disk.moves
+import kvortex.disk.store
 from kvortex.core import ConfigError
 from kvortex.disk import disk_slots_in_pool
 from kvortex.disk.file import DiskFile
@@ -212,6 +213,53 @@ def test_a_write_that_waited_too_long_gives_its_host_slot_back(
         assert ended(store, 1) == {1}
 
 
+def test_a_block_of_which_a_part_is_refused_ends_with_its_other_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvortex.disk.lane, "WAITING", 1)
+    faults = Faults()
+    with opened(tmp_path, 2, slot_bytes=1 << 20, open_file=faults.open_file, readers=3) as (s, p):
+        written(s, p, {b"a": 0})
+        faults.delay, before = 0.3, faults.moves
+        s.read(7, [b"a"], [0], [0])  # a part in each of two lanes
+        s.read(8, [b"a"], [0], [1])  # one in the third lane, one in none
+        while faults.moves < before + 3:
+            time.sleep(0.001)
+        assert s.poll().ended == {}  # its host slot is in use
+        assert all_ended(s, 7, 8) == {7: frozenset(), 8: {0}}
+
+
+def test_slots_that_another_rank_may_have_are_refused(tmp_path: Path) -> None:
+    with opened(tmp_path) as (store, pool):
+        assert written(store, pool, {b"a": 7}) == frozenset()
+        store.write(3, [b"b"] * 3, [0, 8, -1], [8, 0, 0])
+        store.read(4, [b"a"] * 3, [7, 8, 7], [8, 0, -1])
+        assert all_ended(store, 3, 4) == {3: {0, 1, 2}, 4: {0, 1, 2}}
+        assert store.counters.refused_blocks == 6
+        store.erase([8, -1])
+        assert read(store, pool, [b"a"], [7]) == [block_bytes(b"a")]
+
+
+def test_what_a_drive_answers_after_the_end_is_not_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kvortex.disk.store, "CLOSE_S", 0.01)
+    faults = Faults()
+    with opened(tmp_path, open_file=faults.open_file) as (store, pool):
+        written(store, pool, {b"a": 0})
+        faults.delay, before = 0.2, faults.moves
+        store.read(3, [b"a"], [0], [1])
+        while faults.moves == before:
+            time.sleep(0.001)
+        store.close()
+        assert "has not answered" in caplog.text
+        assert store.poll().ended == {3: {0}}
+        for lane in store._lanes:
+            assert lane.join(10)
+        assert store.poll().ended == {}
+        store._cache.close()  # which close() left to the drive
+
+
 def test_a_full_queue_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvortex.disk.lane, "WAITING", 3)
     faults = Faults(delay=0.02)
@@ -290,7 +338,9 @@ def test_an_empty_job_ends(tmp_path: Path) -> None:
 
 def test_nothing_raises_out_of_a_thread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with opened(tmp_path) as (store, pool):
-        store.write(1, [b"k" * 65], [0], [1 << 70])  # a key and a slot that cannot be
+        store.write(1, [b"k" * 65], [0], [-1])  # a key and a slot that cannot be
+        assert ended(store, 1) == {0}
+        store.write(1, ["no bytes"], [0], [0])  # type: ignore[list-item]
         assert ended(store, 1) == {0}
         assert written(store, pool, SLOTS) == frozenset()
         assert "could not be moved" in caplog.text
