@@ -232,6 +232,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         "commit": args.commit,
         "device": drive(args.folder),
         "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "xxhash": version("xxhash"),

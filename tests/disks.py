@@ -109,6 +109,8 @@ class Faults:
     short: bool = False
     """Reads and writes move no more than half of what they could."""
     delay: float = 0.0
+    moves: int = 0
+    """Reads and writes that began."""
     unsynced: list[tuple[str, int, bytes]] = field(default_factory=list)
     """File, offset and what was there before, of each write since the drive was told to keep it."""
     files: dict[str, DiskFile] = field(default_factory=dict)
@@ -140,12 +142,14 @@ class FaultyFile(DiskFile):
         self._faults.unsynced = [one for one in self._faults.unsynced if one[0] != self.name]
 
     def _preadv(self, memory: memoryview, offset: int) -> int:
+        self._faults.moves += 1
         time.sleep(self._faults.delay)
         if self._faults.error is not None and not self._faults.writes_only:
             raise OSError(self._faults.error, os.strerror(self._faults.error))
         return super()._preadv(self._shortened(memory), offset)
 
     def _pwritev(self, memory: memoryview | bytes, offset: int) -> int:
+        self._faults.moves += 1
         time.sleep(self._faults.delay)
         if self._faults.error is not None:
             if self._faults.error == errno.EIO and self.name == SLOTS:  # torn

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,7 @@ from disks import NAMESPACE, SLOT_BYTES, block_bytes, opened, read, written
 from kvortex.cli import main
 from kvortex.core import ConfigError
 from kvortex.disk import Namespace
+from kvortex.disk.tool import inspect
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -281,6 +283,24 @@ def test_verify_and_clear_refuse_a_folder_in_use(
         assert main(["disk", "inspect", "--json", str(tmp_path)]) == 0
         assert json.loads(capsys.readouterr().out)["caches"][0]["in_use"] is True
     assert folder_of(tmp_path).exists()
+
+
+def test_to_look_does_not_refuse_a_server_that_starts(tmp_path: Path) -> None:
+    fill_disk(tmp_path)
+    ended = Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            inspect(tmp_path)
+
+    looking = Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(20):
+            fill_disk(tmp_path)
+    finally:
+        ended.set()
+        looking.join()
 
 
 def test_the_tools_tell_of_a_wrong_path_in_one_line(

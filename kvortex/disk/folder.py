@@ -127,8 +127,17 @@ def read_about(rank: int) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
+@contextmanager
+def nobody_opening(root: int) -> Iterator[None]:
+    """Meanwhile no server opens a cache under an open `disk_path`, and none is refused for it."""
+    with ExitStack() as stack:
+        with contextlib.suppress(OSError, ConfigError):  # no server was ever here, or not as us
+            stack.enter_context(held(root, ROOT_LOCK, create=False))
+        yield
+
+
 def is_held(rank: int) -> bool:
-    """Whether a server has an open rank's folder in use."""
+    """Whether a server has an open rank's folder in use; ask while `nobody_opening`."""
     try:
         with held(rank, LOCK, wait=False, create=False):
             return False

@@ -51,6 +51,9 @@ class DiskJob:
     generation: int = 0
     """Of the first block that is written; the next ones follow."""
     parts_left: list[int] = field(default_factory=list)
+    """Of each block, how many parts are with the lanes."""
+    left: int = 0
+    """Of all blocks."""
     failed: dict[int, Status] = field(default_factory=dict)
     is_late: bool = False
     reason: str = ""
@@ -58,12 +61,15 @@ class DiskJob:
 
     def __post_init__(self) -> None:
         self.parts_left = [self.parts] * len(self.keys)
+        self.left = self.parts * len(self.keys)
 
-    def fail(self, position: int, status: Status) -> None:
-        """A block will not arrive; the first status it gets is kept."""
-        self.failed.setdefault(position, status)
+    def end(self, position: int, status: Status, parts: int = 1) -> None:
+        """Parts of a block are not with the lanes, or no longer; its first failure is kept."""
+        self.parts_left[position] -= parts
+        self.left -= parts
+        if status:
+            self.failed.setdefault(position, status)
 
-    def refuse(self, position: int, status: Status) -> None:
-        """A block that no lane got."""
-        self.parts_left[position] = 0
-        self.fail(position, status)
+    def give_up(self, position: int, status: Status) -> None:
+        """All parts of a block that have not ended."""
+        self.end(position, status, self.parts_left[position])

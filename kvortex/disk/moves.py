@@ -52,6 +52,8 @@ class Moves:
         if job_id == ERASE:
             return _guarded(None, lambda: self._erase(position))
         job = self._jobs[job_id]
+        if not self._exists(job, position):
+            return Status.REFUSED
         now = microseconds(time.monotonic())
         if now > start + microseconds(WRITE_PATIENCE_S):
             return Status.LATE
@@ -65,7 +67,9 @@ class Moves:
         job = self._jobs[job_id]
         block = job.reads[position]
         status = Status.LATE
-        if microseconds(time.monotonic()) <= deadline:
+        if not self._exists(job, position):
+            status = Status.REFUSED
+        elif microseconds(time.monotonic()) <= deadline:
             status = _guarded(job, lambda: self._read_part(job, position, part, parts))
         if status is not Status.DONE:
             block.broken.append(part)
@@ -102,6 +106,12 @@ class Moves:
             return Status.STALE
         ours = combine(job.reads[position].digests) == record.checksum
         return Status.DONE if ours else Status.CORRUPT
+
+    def _exists(self, job: DiskJob, position: int) -> bool:
+        """Another rank may have more slots, and be planned for before it is known who has least."""
+        host_slots = len(self._memory) // self._files.slot_bytes
+        in_memory = 0 <= job.host_slots[position] < host_slots
+        return in_memory and 0 <= job.disk_slots[position] < self._files.num_slots
 
     def _host_block(self, job: DiskJob, position: int) -> memoryview:
         size = self._files.slot_bytes

@@ -77,6 +77,7 @@ class SlotFiles:
         num_slots: int,
         open_file: OpenFile = DiskFile,
     ) -> None:
+        self.num_slots = num_slots
         self.slot_bytes = record_format.slot_bytes
         self._format = record_format
         self.stride = stride(record_format.slot_bytes)

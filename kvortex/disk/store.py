@@ -144,7 +144,7 @@ class DiskStore:
         rows: dict[Lane, list[tuple[int, ...]]] = {}
         for position, (slot, start) in enumerate(zip(job.disk_slots, starts, strict=True)):
             if start is None:
-                job.refuse(position, Status.REFUSED)
+                job.give_up(position, Status.REFUSED)
             else:
                 row = (job_id, position, 0, 1, microseconds(start))
                 rows.setdefault(self._writer(slot), []).append(row)
@@ -170,7 +170,7 @@ class DiskStore:
         self._jobs[job_id] = job
         if self._closing.is_set() or not self._reading.allows(now):
             for position in range(count):
-                job.refuse(position, Status.REFUSED)
+                job.give_up(position, Status.REFUSED)
         else:
             until = microseconds(deadline)
             rows = np.array(
@@ -189,8 +189,9 @@ class DiskStore:
     def erase(self, disk_slots: Iterable[int]) -> None:
         """Have slots forgotten, now and after a restart."""
         for slot in disk_slots:
-            self._files.forget(slot)
-            self._unerased.add(slot)
+            if 0 <= slot < self.num_slots:
+                self._files.forget(slot)
+                self._unerased.add(slot)
         self._push_erases()
 
     def clear(self) -> None:
@@ -259,7 +260,7 @@ class DiskStore:
     def _push(self, job: DiskJob, lane: Lane, rows: Records) -> None:
         """What finds no room in the lane is refused."""
         for row in rows[lane.push(rows) :].tolist():
-            job.refuse(row[1], Status.REFUSED)
+            job.end(row[1], Status.REFUSED)
 
     def _push_erases(self) -> None:
         """While writing is off, one at a time, which is as good a trial as a write."""
@@ -286,11 +287,11 @@ class DiskStore:
                 self._unerased.add(position)
             self._judge(self._writing, Status(status), "a record cannot be erased")
             return
-        job = self._jobs[job_id]
+        job = self._jobs.get(job_id)
+        if job is None:  # given up when the store closed over a drive that did not answer
+            return
         self._judge(self._reading if job.reads else self._writing, Status(status), job.reason)
-        job.parts_left[position] -= 1
-        if status != Status.DONE:
-            job.fail(position, Status(status))
+        job.end(position, Status(status))
         self._finish_if_ended(job)
 
     @staticmethod
@@ -301,7 +302,7 @@ class DiskStore:
             breaker.fail(time.monotonic(), reason)
 
     def _finish_if_ended(self, job: DiskJob) -> None:
-        if any(left > 0 for left in job.parts_left):
+        if job.left:
             return
         del self._jobs[job.id]
         moved, is_read = len(job.keys) - len(job.failed), bool(job.reads)
@@ -335,6 +336,6 @@ class DiskStore:
     def _abandon_all(self) -> None:
         for job in list(self._jobs.values()):
             for position, left in enumerate(job.parts_left):
-                if left > 0:
-                    job.refuse(position, Status.REFUSED)
+                if left:
+                    job.give_up(position, Status.REFUSED)
             self._finish_if_ended(job)

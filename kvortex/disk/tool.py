@@ -20,6 +20,7 @@ from kvortex.disk.folder import (
     held,
     is_held,
     namespaces,
+    nobody_opening,
     opened_folder,
     ranks,
     read_about,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+LARGEST_TABLE = 1 << 30
 LARGEST_SLOT = 1 << 32
 """A description that speaks of more was not written by us."""
 
@@ -85,7 +87,8 @@ def inspect(path: Path) -> list[CacheInfo]:
     Raises:
         ConfigError: it cannot be read.
     """
-    return [_info(folder, namespace, rank) for namespace, rank, folder in _folders(path)]
+    with _opened(path) as root, nobody_opening(root):
+        return [_info(folder, namespace, rank) for namespace, rank, folder in _folders(path)]
 
 
 def verify(path: Path, progress: Callable[[int, int], None]) -> Verified:
@@ -174,10 +177,10 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _require_idle(path: Path) -> None:
-    for namespace, rank, folder in _folders(path):
-        if is_held(folder):
+    for info in inspect(path):
+        if info.in_use:
             raise ConfigError(
-                f"{path}: a server uses {namespace[:12]} (rank {rank}); stop it first"
+                f"{path}: a server uses {info.namespace[:12]} (rank {info.rank}); stop it first"
             )
 
 
@@ -227,8 +230,7 @@ def _slot_bytes(about: dict[str, Any]) -> int:
 def _read_records(folder: int) -> bytes:
     try:
         with _read_only(folder, RECORDS) as file:
-            size = os.fstat(file).st_size // RECORD_BYTES * RECORD_BYTES
-            packed = os.pread(file, size, 0)
+            packed = os.pread(file, min(os.fstat(file).st_size, LARGEST_TABLE), 0)
     except FileNotFoundError:
         return b""
     return packed[: len(packed) // RECORD_BYTES * RECORD_BYTES]
