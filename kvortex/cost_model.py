@@ -49,17 +49,20 @@ class CostModel:
             return 0.0
         return loaded * self.token_bytes / self.load_bytes_per_s
 
-    def pays(self, num_tokens: int, loaded: float, ahead: float = 0) -> bool:
+    def pays(
+        self, num_tokens: int, loaded: float, ahead: float = 0, read_seconds: float = 0
+    ) -> bool:
         """Whether a load beats computing `num_tokens` tokens.
 
         Args:
             num_tokens: of the hit.
             loaded: tokens that have to be loaded for it; fewer where layers look back to a window.
             ahead: tokens that others are loading.
+            read_seconds: until they are in the host.
         """
         if self.prefill_tokens_per_s is None or self.load_bytes_per_s is None:
             return True
-        loading = LOAD_OVERHEAD_S + self.load_seconds(loaded + ahead)
+        loading = LOAD_OVERHEAD_S + read_seconds + self.load_seconds(loaded + ahead)
         return loading < num_tokens / self.prefill_tokens_per_s
 
     def pauses(self, loaded: float) -> bool:

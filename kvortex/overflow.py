@@ -14,6 +14,7 @@ import numpy as np
 
 from kvortex.block import State
 from kvortex.core import DiskMove, DiskPlan, DiskReport
+from kvortex.policies import Place
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Sequence
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from kvortex.block import Block
     from kvortex.core import BlockKey
     from kvortex.metrics import Counters
-    from kvortex.policies import Place
     from kvortex.tiers import HostTier
 
 WRITING_BYTES = 256 << 20
@@ -55,6 +55,7 @@ class Fetch:
 
     began: float
     blocks: int = 0
+    arrived: int = 0
     moves_left: int = 0
     held: list[Block] = field(default_factory=list)
     """Pinned in the host until the request has taken them, or will not."""
@@ -90,7 +91,7 @@ class Overflow:
         block_bytes: int = 0,
     ) -> None:
         self.disk = disk
-        self.read_bytes_per_s: float | None = None
+        self._read_bytes_per_s: float | None = None
         self.known = False
         """Whether the workers have told what is on their disks from a former life."""
         self._host = host
@@ -110,6 +111,7 @@ class Overflow:
         self._writes: list[DiskMove] = []
         self._reads: list[DiskMove] = []
         self._clear = False
+        self._disowned = False
 
     @property
     def pending(self) -> bool:
@@ -122,12 +124,30 @@ class Overflow:
         return len(self._flights)
 
     @property
+    def read_bytes_per_s(self) -> float:
+        """Of large fetches of late; 0 before the first."""
+        return self._read_bytes_per_s or 0.0
+
+    @property
     def readable(self) -> Container[BlockKey]:
         """The keys whose bytes are in the host or can be fetched, as they are at any time."""
         return _Union(self._host.readable, self.disk.readable)
 
+    def read_seconds(self, num_blocks: int) -> float:
+        """Time to bring so many blocks to the host, by what was measured; 0 before."""
+        if self._read_bytes_per_s is None:
+            return 0.0
+        return num_blocks * self._block_bytes / self._read_bytes_per_s
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Count a use of the blocks of a request, the last first (see `HostTier.touch`)."""
+        for position in range(len(keys) - 1, -1, -1):
+            key = keys[position]
+            if self._host.lookup(key) is not None or self.disk.lookup(key) is not None:
+                self.consider(key, Place(position, len(keys)))
+
     def consider(self, key: BlockKey, place: Place) -> None:
-        """A block is in the host, or on its way there: have it written if that is worth it."""
+        """A block is in a tier, or on its way: have it written if that is worth it."""
         if self.disk.lookup(key) is not None:
             self.disk.touch((key,))
         elif key not in self._waiting and not self.disk.is_arriving(key):
@@ -136,20 +156,21 @@ class Overflow:
             else:
                 self._counters.disk_not_admitted += 1
 
+    def fetch_of(self, request_id: str) -> Fetch | None:
+        """What was begun for a request."""
+        return self._fetches.get(request_id)
+
     def fetch(
         self,
         request_id: str,
         keys: Sequence[BlockKey],
         parents: Sequence[BlockKey | None],
     ) -> Fetch:
-        """Begin to bring blocks to the host for a request, or tell how far that is.
+        """Begin to bring blocks to the host for a request that has no fetch yet.
 
-        Those that are there already are held, too. A request fetches once: what could not be read
-        then is computed. Call `release` once it has what it can have.
+        Those that are there already are held, too. What cannot be read is computed: a request
+        fetches once. Call `release` when it has what it can have.
         """
-        fetch = self._fetches.get(request_id)
-        if fetch is not None:
-            return fetch
         fetch = self._fetches[request_id] = Fetch(time.perf_counter())
         there = [block for key in keys if (block := self._host.lookup(key)) is not None]
         self._hold(fetch, there)
@@ -199,6 +220,10 @@ class Overflow:
                 del self._flights[move_id]
                 self._end(flight)
 
+    def disown(self) -> None:
+        """Nobody will ask for what a former life left on disk: its slots are free."""
+        self._clear = self._disowned = True
+
     def reset(self) -> None:
         """Forget every block, also those that only wait or are under way."""
         for flight in self._flights.values():
@@ -209,6 +234,8 @@ class Overflow:
 
     def _adopt(self, survivors: dict[BlockKey, int]) -> None:
         self.known = True
+        if self._disowned:
+            return
         self.disk.adopt(survivors)
         self._counters.disk_survivors += len(survivors)
 
@@ -300,6 +327,7 @@ class Overflow:
         self._host.commit(good)
         self.disk.forget(flight.on_disk[position] for position in flight.failed)
         self._hold(fetch, [block for block in good if block.state is State.RESIDENT])
+        fetch.arrived += len(good)
         fetch.moves_left -= 1
         self._counters.disk_failed_reads += len(flight.failed)
         self._counters.disk_read_blocks += len(good)
@@ -314,8 +342,8 @@ class Overflow:
         self._counters.disk_read_seconds += seconds
         if nbytes < MEASURED_BYTES:
             return
-        before = self.read_bytes_per_s or nbytes / seconds
-        self.read_bytes_per_s = before + WEIGHT * (nbytes / seconds - before)
+        before = self._read_bytes_per_s or nbytes / seconds
+        self._read_bytes_per_s = before + WEIGHT * (nbytes / seconds - before)
 
 
 @dataclass(frozen=True, slots=True)

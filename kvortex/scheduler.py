@@ -85,7 +85,15 @@ class OffloadScheduler:
         """Whether a block that it `wants` is worth a slot; to be asked once for each request."""
         admitted = self.tier.admits(key, place)
         self.counters.not_admitted += not admitted
+        if admitted and self.overflow is not None:
+            self.overflow.consider(key, place)
         return admitted
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Count a use of the blocks of a request, wherever they are."""
+        self.tier.touch(keys)
+        if self.overflow is not None:
+            self.overflow.touch(keys)
 
     def store(
         self,

@@ -241,14 +241,16 @@ class Worker:
             logger.error("%s. The engine goes on; later failures are only counted.", error)
 
 
-def open_worker(layout: Layout, pool: HostPool, num_streams: int) -> Worker:
+def open_worker(
+    layout: Layout, pool: HostPool, num_streams: int, disk: DiskWorker | None = None
+) -> Worker:
     """A worker that copies on the device of the KV tensors; the pool is closed if it cannot.
 
     Raises:
         TransferError: this GPU cannot run the kernel.
     """
     try:
-        return Worker(open_copy_engine(layout, pool, num_streams))
+        return Worker(open_copy_engine(layout, pool, num_streams), disk)
     except BaseException:
         pool.close()
         raise

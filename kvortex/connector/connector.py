@@ -23,6 +23,7 @@ except ImportError:
     KVConnectorTransferResults = HOST = None
 
 from kvortex.config import KVortexConfig
+from kvortex.connector.disk_namespace import keys_last
 from kvortex.connector.geometry import geometry_of, unsupported
 from kvortex.connector.hooks import hooked_layers
 from kvortex.connector.messages import PlanMessage, ReportMessage
@@ -97,7 +98,9 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             self._warn(reason)
             if self._geometry is not None:
-                self._scheduler = SchedulerSide(self._config, self._geometry)
+                self._scheduler = SchedulerSide(
+                    self._config, self._geometry, keys_last=self._keys_last(vllm_config)
+                )
                 told = vllm_config.kv_events_config
                 if told is not None and told.enable_kv_cache_events:
                     self._events = self._scheduler.tell_events()
@@ -125,7 +128,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         """Open the host pool for these tensors."""
         if self._geometry is None:
             return
-        self._worker = WorkerSide(self._config, self._geometry, kv_caches)
+        self._worker = WorkerSide(self._config, self._geometry, kv_caches, self._vllm_config)
 
     def unregister_kv_caches(self) -> None:
         """vLLM takes the KV cache's memory away, to sleep; since 0.33."""
@@ -192,6 +195,11 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         """Where source blocks of stores are held."""
         if self._scheduler is not None:
             self._scheduler.bind_gpu_block_pool(gpu_block_pool)
+
+    def on_new_request(self, request: Request) -> None:
+        """Begin to bring what it needs from disk, while it waits for its turn."""
+        if self._scheduler is not None:
+            self._scheduler.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -286,6 +294,16 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> KVConnectorPromMetrics | None:
         """Counters for /metrics."""
         return KVortexPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def _keys_last(self, vllm_config: VllmConfig) -> bool:
+        """Whether a disk is of use after a restart; says what to do if not."""
+        if self._config.disk_path is None or keys_last(vllm_config):
+            return True
+        logger.warning(
+            "disk_path: this vLLM names blocks anew at every start, so nothing will be found on "
+            "disk after a restart; start it with PYTHONHASHSEED=0 in its environment."
+        )
+        return False
 
     def _plan(self) -> StepPlan:
         message = self._get_connector_metadata()

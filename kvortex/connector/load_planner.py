@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvortex.connector.tracked_request import TrackedRequest
     from kvortex.core import BlockKey, Job
     from kvortex.cost_model import CostModel
+    from kvortex.overflow import Overflow
     from kvortex.prefix_match import Reach
 
 
@@ -49,9 +50,7 @@ class LoadPlanner:
 
     def choose(self, tracked: TrackedRequest) -> int:
         """Tokens to load after the blocks that are on the GPU; it notes why, and how."""
-        last = tracked.most_loaded(tracked.request.num_tokens - 1) // self._block_tokens
-        keys = [tracked.keys(group, tracked.first, last) for group in range(len(self._reaches))]
-        end = longest_prefix(self._readable, keys, self._reaches, tracked.first, self._block_tokens)
+        end = self._readable_end(tracked, self._readable)
         num_tokens = (end - tracked.first) * self._block_tokens
         starts = (self._start(reach, tracked.first, end) for reach in self._reaches)
         loaded = self._tokens(sum(end - start for start in starts))
@@ -59,6 +58,28 @@ class LoadPlanner:
         tracked.unpaid = 0 if pays else num_tokens
         tracked.apart = pays and self._waits_apart(loaded)
         return num_tokens if pays else 0
+
+    def beyond_host(
+        self, tracked: TrackedRequest, overflow: Overflow
+    ) -> tuple[list[BlockKey], list[BlockKey | None]]:
+        """What a request needs of both tiers, if it pays to read more than the host has.
+
+        Returns the keys, and the key before each where it is of no use without that.
+        """
+        end = self._readable_end(tracked, overflow.readable)
+        more = (end - self._readable_end(tracked, self._readable)) * self._block_tokens
+        keys: list[BlockKey] = []
+        parents: list[BlockKey | None] = []
+        for group, reach in enumerate(self._reaches):
+            start = self._start(reach, tracked.first, end)
+            of_group = tracked.keys(group, start, end)
+            keys += of_group
+            parents += tracked.parents(group, start, end) if reach.whole else [None] * len(of_group)
+        on_disk = sum(key not in self._readable for key in keys)
+        seconds = overflow.read_seconds(on_disk)
+        if more > 0 and self._pays(more, self._tokens(on_disk), seconds):
+            return keys, parents
+        return [], []
 
     def blocks(self, tracked: TrackedRequest, num_tokens: int) -> tuple[list[BlockKey], list[int]]:
         """What every group needs of so many tokens, by key, and the GPU blocks for it."""
@@ -87,12 +108,18 @@ class LoadPlanner:
         awaited, self._awaited = self._awaited, 0.0
         return awaited
 
-    def _pays(self, num_tokens: int, loaded: float) -> bool:
+    def _pays(self, num_tokens: int, loaded: float, read_seconds: float = 0) -> bool:
         if num_tokens < self._config.min_load_tokens:
             return False
         if self._config.load == "always":
             return True
-        return self._costs.pays(num_tokens, loaded, self._under_way)
+        return self._costs.pays(num_tokens, loaded, self._under_way, read_seconds)
+
+    def _readable_end(self, tracked: TrackedRequest, readable: Container[BlockKey]) -> int:
+        """The block up to which a request can be restored from what is readable."""
+        last = tracked.most_loaded(tracked.request.num_tokens - 1) // self._block_tokens
+        keys = [tracked.keys(group, tracked.first, last) for group in range(len(self._reaches))]
+        return longest_prefix(readable, keys, self._reaches, tracked.first, self._block_tokens)
 
     def _waits_apart(self, loaded: float) -> bool:
         """Whether others would be held up by a step that waits for this load."""

@@ -10,9 +10,11 @@ from kvortex.connector.bad_blocks import BadBlocks
 from kvortex.connector.host_events import HostEvents
 from kvortex.connector.load_planner import LoadPlanner
 from kvortex.connector.messages import ReportMessage
+from kvortex.connector.prefetcher import Prefetcher
 from kvortex.connector.tracked_request import TrackedRequest
 from kvortex.core import Direction, StepPlan
 from kvortex.cost_model import CostModel
+from kvortex.disk import disk_slots_in_pool
 from kvortex.engine import slots_in_pool
 from kvortex.metrics import Gauges
 from kvortex.plugins import load_admission, load_policy
@@ -48,23 +50,32 @@ class SchedulerSide:
     Args:
         config: of the connector.
         geometry: of the KV cache.
+        keys_last: whether what is on disk can be found after a restart.
 
     Raises:
         ConfigError: a pool without a slot, a policy that is not installed, a trace that cannot be
             written.
     """
 
-    def __init__(self, config: KVortexConfig, geometry: Geometry) -> None:
-        num_slots = slots_in_pool(config, geometry.slot_bytes, geometry.num_ranks)
-        tier = HostTier(
-            num_slots,
-            load_policy(config.eviction_policy, num_slots),
-            load_admission(config.admission, num_slots),
-        )
-        self.offload = OffloadScheduler(tier, geometry.num_ranks, geometry.slot_bytes)
+    def __init__(
+        self, config: KVortexConfig, geometry: Geometry, *, keys_last: bool = True
+    ) -> None:
+        ranks = geometry.num_ranks
+        host = _tier(config, slots_in_pool(config, geometry.slot_bytes, ranks))
+        disk = None
+        if config.disk_pool_gb is not None:
+            disk_slots = disk_slots_in_pool(config.disk_pool_gb, geometry.slot_bytes, ranks)
+            disk = _tier(config, disk_slots)
+        self.offload = OffloadScheduler(host, ranks, geometry.slot_bytes, disk)
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
         self._reaches = geometry.reaches
-        self._loads = LoadPlanner(config, geometry, tier.readable, self.costs)
+        self._loads = LoadPlanner(config, geometry, host.readable, self.costs)
+        self._prefetcher: Prefetcher | None = None
+        overflow = self.offload.overflow
+        if overflow is not None:
+            self._prefetcher = Prefetcher(config, overflow, self._loads, self.offload.counters)
+            if not keys_last:
+                overflow.disown()
         self._block_tokens = geometry.block_tokens
         self._pool: BlockPool | None = None
         self._tracked: dict[str, TrackedRequest] = {}
@@ -92,7 +103,8 @@ class SchedulerSide:
     @property
     def gauges(self) -> Gauges:
         """How things stand."""
-        index = self.offload.tier.index
+        index, overflow = self.offload.tier.index, self.offload.overflow
+        disk = overflow.disk if overflow is not None else None
         return Gauges(
             slots=index.num_slots,
             resident_slots=index.resident,
@@ -100,17 +112,30 @@ class SchedulerSide:
             prefill_tokens_per_second=self.costs.prefill_tokens_per_s or 0.0,
             load_bytes_per_second=self.costs.load_bytes_per_s or 0.0,
             store_bytes_per_second=self._store_bytes_per_s or 0.0,
+            disk_slots=disk.index.num_slots if disk is not None else 0,
+            disk_resident_slots=disk.index.resident if disk is not None else 0,
+            disk_read_bytes_per_second=overflow.read_bytes_per_s if overflow is not None else 0.0,
         )
 
-    def match(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+    def arrived(self, request: Request) -> None:
+        """vLLM has a new request, which waits for its turn: bring what it needs from disk."""
+        if self._prefetcher is not None and not request.skip_reading_prefix_cache:
+            tracked = self._track(request)
+            tracked.first = self._blocks_on_gpu(tracked)
+            self._prefetcher.begin(tracked)
+
+    def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens after the computed ones to load, and whether the request waits for them apart.
 
-        Whole blocks, and one token is left to compute. vLLM may ask more than once.
+        Whole blocks, and one token is left to compute. None: to be asked again in a later step,
+        while blocks come from disk. vLLM may ask more than once anyway.
         """
         if request.skip_reading_prefix_cache or num_computed_tokens % self._block_tokens:
             return 0, False
         tracked = self._track(request)
         tracked.first = num_computed_tokens // self._block_tokens
+        if self._prefetcher is not None and self._prefetcher.holds_back(tracked):
+            return None, False
         return self._loads.choose(tracked), tracked.apart
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -130,6 +155,7 @@ class SchedulerSide:
         tracked.unpaid = 0
         if num_external_tokens:
             self._load(tracked, num_external_tokens)
+        self._end_fetch(request.request_id, num_external_tokens)
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """Plan to store every block that this step completes."""
@@ -148,6 +174,7 @@ class SchedulerSide:
     def finished(self, request: Request) -> None:
         """Store what only its last tokens completed, before vLLM frees the blocks."""
         tracked = self._tracked.pop(request.request_id, None)
+        self._end_fetch(request.request_id)
         if tracked is not None and request.status.name != FAILED_STATUS:
             computed = min(request.num_computed_tokens, tracked.computed)
             self._store(list(self._completed(tracked, computed, computed)))
@@ -245,7 +272,21 @@ class SchedulerSide:
     def _touch(self, tracked: TrackedRequest) -> None:
         last = tracked.request.num_tokens // self._block_tokens
         for group in range(len(self._reaches)):
-            self.offload.tier.touch(tracked.keys(group, 0, last))
+            self.offload.touch(tracked.keys(group, 0, last))
+
+    def _end_fetch(self, request_id: str, num_loaded: int = 0) -> None:
+        """What came from disk for a request need not be held for it any more."""
+        if self._prefetcher is not None:
+            fetched = self._prefetcher.end(request_id) * self._block_tokens // len(self._reaches)
+            self.offload.counters.disk_hit_tokens += min(fetched, num_loaded)
+
+    def _blocks_on_gpu(self, tracked: TrackedRequest) -> int:
+        """Leading blocks that vLLM will find in its own prefix cache, as things stand."""
+        groups = list(range(len(self._reaches)))
+        for number, block_hash in enumerate(tracked.request.block_hashes):
+            if self._pool is None or self._pool.get_cached_block(block_hash, groups) is None:
+                return number
+        return len(tracked.request.block_hashes)
 
     def _advance(self, output: SchedulerOutput) -> Iterator[tuple[TrackedRequest, int, int]]:
         """Each scheduled request, with how many tokens are computed before this step and after."""
@@ -317,6 +358,14 @@ class SchedulerSide:
         held = self._held.pop(job_id, None)
         if held is not None and self._pool is not None:
             self._pool.free_blocks(reversed(held))
+
+
+def _tier(config: KVortexConfig, num_slots: int) -> HostTier:
+    return HostTier(
+        num_slots,
+        load_policy(config.eviction_policy, num_slots),
+        load_admission(config.admission, num_slots),
+    )
 
 
 def _open_recorder(config: KVortexConfig, geometry: Geometry) -> Recorder | None:

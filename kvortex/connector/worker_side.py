@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.distributed.parallel_state import get_world_group
 
 from kvortex.config import GIB
+from kvortex.connector.disk_namespace import namespace_of
+from kvortex.disk import DiskOptions, DiskStore, disk_slots_in_pool
+from kvortex.disk_worker import DiskWorker
 from kvortex.engine import slots_in_pool
 from kvortex.host_pool import free_memory_bytes, open_pool, require_free_memory
 from kvortex.layout import make_layout
 from kvortex.worker import open_copy_engine, open_worker
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
     from kvortex.config import KVortexConfig
     from kvortex.connector.geometry import Geometry
+    from kvortex.host_pool import HostPool
+    from kvortex.layout import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +35,11 @@ class WorkerSide:
     """The rank's share of the host pool, and the worker that fills it."""
 
     def __init__(
-        self, config: KVortexConfig, geometry: Geometry, kv_caches: dict[str, torch.Tensor]
+        self,
+        config: KVortexConfig,
+        geometry: Geometry,
+        kv_caches: dict[str, torch.Tensor],
+        vllm_config: VllmConfig,
     ) -> None:
         own = {name: kv_caches[name] for name in geometry.layer_names if name in kv_caches}
         layout = make_layout(own, geometry.num_gpu_blocks)
@@ -38,8 +51,15 @@ class WorkerSide:
         size = num_slots * layout.slot_bytes
         free, ranks = _memory_of_all_ranks()
         require_free_memory(config.ram_pool_gb, size * ranks, free)
-        self._pool = open_pool(config, layout, num_slots)
-        self.worker = open_worker(layout, self._pool, config.num_cuda_streams)
+        with contextlib.ExitStack() as opened:
+            self._pool = opened.enter_context(open_pool(config, layout, num_slots))
+            self._disk: DiskStore | None = None
+            if config.disk_path is not None:
+                store = _open_disk(config, geometry, layout, self._pool, vllm_config)
+                self._disk = opened.enter_context(store)
+            disk = DiskWorker(self._disk) if self._disk is not None else None
+            self.worker = open_worker(layout, self._pool, config.num_cuda_streams, disk)
+            opened.pop_all()
         logger.info(
             "KVortex: %.1f GiB of host RAM hold %d blocks, %d tokens, against %d tokens on %s",
             size / GIB,
@@ -75,7 +95,34 @@ class WorkerSide:
     def close(self) -> None:
         """Let copies end and give the memory back."""
         self.worker.close()
+        if self._disk is not None:
+            self._disk.close()
         self._pool.close()
+
+
+def _open_disk(
+    config: KVortexConfig,
+    geometry: Geometry,
+    layout: Layout,
+    pool: HostPool,
+    vllm_config: VllmConfig,
+) -> DiskStore:
+    """This rank's share of the disk pool; replicas of the engine have folders of their own."""
+    assert config.disk_path is not None
+    assert config.disk_pool_gb is not None
+    parallel = vllm_config.parallel_config
+    most = config.disk_max_write_mb_s
+    return DiskStore(
+        Path(config.disk_path),
+        namespace_of(vllm_config, geometry, layout),
+        parallel.data_parallel_rank * geometry.num_ranks + get_world_group().rank,
+        disk_slots_in_pool(config.disk_pool_gb, geometry.slot_bytes, geometry.num_ranks),
+        pool,
+        DiskOptions(
+            max_write_bytes_per_s=None if most is None else most * 1e6 / geometry.num_ranks,
+            read_deadline_s=config.disk_read_deadline_ms / 1e3,
+        ),
+    )
 
 
 def _memory_of_all_ranks() -> tuple[int, int]:
