@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(slots=True)
@@ -61,8 +61,8 @@ class Counters:
     """Of `hit_tokens`, those that were fetched from disk."""
 
     def as_dict(self) -> dict[str, int | float]:
-        """Name to number."""
-        return asdict(self)
+        """Name to number; `asdict` would take twenty times as long, twice a step."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,5 +83,5 @@ class Gauges:
     disk_read_bytes_per_second: float = 0.0
 
     def as_dict(self) -> dict[str, int | float]:
-        """Name to number."""
-        return asdict(self)
+        """Name to number; `asdict` would take twenty times as long, twice a step."""
+        return {name: getattr(self, name) for name in self.__slots__}

@@ -40,7 +40,7 @@ CLEARLY = 0.85
 LEAST_BORDER, LARGEST_BORDER = 1 << 20, 1 << 30
 LARGEST_ZERO_COPY_STORE = 4 << 20
 """A matrix product that finds a few SMs taken waits for them: beside zero-copy stores without pause
-it took 1.7 times as long on an H200, beside staged ones 1.02."""
+it took 1.4 to 1.6 times as long on an H100, beside staged ones 1.01 (bench/bench_transfer.py)."""
 
 
 class Rig:

@@ -11,7 +11,6 @@ import torch
 
 from kvortex import calibration
 from kvortex.calibration import (
-    DMA,
     STAGED,
     ZERO_COPY,
     Calibration,
@@ -147,9 +146,7 @@ def test_a_user_without_a_home_gets_the_defaults(monkeypatch: pytest.MonkeyPatch
     assert load_calibration(GPU) == defaults()
 
 
-@pytest.mark.parametrize(
-    ("page", "mover"), [(1, STAGED), (4 << 10, STAGED), (256 << 10, STAGED), (2 << 20, DMA)]
-)
-def test_dma_copies_large_pages_only(page: int, mover: str) -> None:
+@pytest.mark.parametrize("page", [1, 4 << 10, 256 << 10, 2 << 20])
+def test_defaults_stage_pages_of_any_size(page: int) -> None:
     chosen = defaults().for_page(page)
-    assert {choice.large for choice in chosen.values()} == {mover}
+    assert {choice.large for choice in chosen.values()} == {STAGED}

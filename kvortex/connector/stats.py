@@ -52,6 +52,8 @@ class Changes:
     def take(self, counters: Counters, gauges: Gauges) -> KVortexStats | None:
         """Increases and new values since the last call; None if there are none."""
         now, levels = counters.as_dict(), gauges.as_dict()
+        if now == self._counters and levels == self._gauges:
+            return None
         changed: dict[str, int | float] = {
             name: now[name] - self._counters[name]
             for name in now
@@ -59,7 +61,7 @@ class Changes:
         }
         changed |= {name: levels[name] for name in levels if levels[name] != self._gauges[name]}
         self._counters, self._gauges = now, levels
-        return KVortexStats(changed) if changed else None
+        return KVortexStats(changed)
 
 
 class KVortexPromMetrics(KVConnectorPromMetrics):

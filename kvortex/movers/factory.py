@@ -29,8 +29,9 @@ BUFFERS = 2
 BUFFER_BYTES = 64 << 20
 """On an H200 half of it costs 3 % of the link's speed both ways at once, a quarter 15 %."""
 STAGED_PROGRAMS = 16
-"""On an H200, stores without pause cost a matrix product 11 %, a memory-bound kernel 0.9 %, and
-take 1.3 % of all SM time so; with 128 programs 12 %, 2.3 % and 3 % (bench/bench_transfer.py)."""
+"""On an H100, stores without pause cost a matrix product 1 to 1.4 % so, and take 1.3 % of all SM
+time; a kernel bound by memory pays 3.7 %, because staging moves every byte through HBM three times
+(bench/bench_transfer.py)."""
 
 
 def open_movers(
