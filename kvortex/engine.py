@@ -99,6 +99,11 @@ class KVortexEngine:
     """
 
     def __init__(self, config: KVortexConfig, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        if config.disk_path is not None:  # its keys name their bytes only until the next save
+            raise ConfigError(
+                f"disk_path={config.disk_path!r}: only the vLLM connector has a disk tier; leave "
+                "it and disk_pool_gb out for KVortexEngine"
+            )
         self._layout = make_layout(kv_caches)
         num_slots = slots_in_pool(config, self._layout.slot_bytes)
         policy = load_policy(config.eviction_policy, num_slots)
