@@ -56,6 +56,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     def open(self) -> None:
         self.opened = ExitStack()
+        self.outlives = True
         self.store, self.pool = self.opened.enter_context(
             opened(self.folder, NUM_SLOTS, open_file=self.faults.open_file)
         )
@@ -124,6 +125,7 @@ class DiskMachine(RuleBasedStateMachine):
     def clear(self) -> None:
         self.store.clear()
         self.forget(set(range(NUM_SLOTS)))
+        self.outlives = False
 
     def forget(self, forgotten: set[int]) -> None:
         """They hold nothing from now on; where the drive works, also after a restart."""
@@ -162,6 +164,8 @@ class DiskMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         self.opened.close()
         self.faults.error = None
+        if not self.outlives:
+            self.sure.clear()
         self.open()
 
     @rule(seed=st.integers(0, 1 << 16))

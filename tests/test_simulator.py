@@ -107,9 +107,10 @@ def test_the_default_admission_never_starves_a_pool_that_is_large_enough(policy:
 def test_the_disk_serves_what_the_host_evicted() -> None:
     twice = trace("abcd", "efgh", "abcd")
     assert replay(twice, "lru", 4).block_hit_rate == 0
-    both = replay(twice, "lru", 4, disk_blocks=4)
+    both = replay(twice, "lru", 4, disk_blocks=8)
     assert both.block_hit_rate == both.disk_hit_rate == round(4 / 12, 6)
     assert (both.blocks_written, both.disk_blocks_written) == (12, 8)
+    assert replay(twice, "lru", 4, disk_blocks=4).block_hit_rate == 0  # both hold the newest four
 
 
 @pytest.mark.parametrize("policy", policy_names())

@@ -155,6 +155,10 @@ class SlotFiles:
         """Have a slot hold nothing until a restart; touches no file."""
         self._table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = NO_RECORD
 
+    def renounce(self) -> None:
+        """Have what is written from now on not be found after a restart."""
+        self._format.renounce()
+
     def sync(self) -> None:
         """Have the drive keep what was written."""
         self._slots.sync()

@@ -201,7 +201,12 @@ class DiskStore:
         self._push_erases()
 
     def clear(self) -> None:
-        """Have everything forgotten, also what is being written; reads under way find nothing."""
+        """Have everything forgotten, also what is being written; reads under way find nothing.
+
+        What is written later serves until the store is closed only: a cache is cleared when the
+        weights were changed in memory, and the next start has those on file again.
+        """
+        self._files.renounce()
         writing = (slot for job in self._jobs.values() if not job.reads for slot in job.disk_slots)
         self.erase([*self._files.used_slots(), *writing])
 
