@@ -8,7 +8,7 @@ from zlib import crc32
 
 SAMPLE = 16
 """One key of so many is watched; of larger pools fewer, in proportion."""
-LEAST_WATCHED, MOST_WATCHED = 1 << 12, 1 << 16
+LEAST_WATCHED, MOST_WATCHED = 1 << 12, 1 << 15
 """Keys, however small or large the pool."""
 STEPS = 4
 """Histogram bins for each doubling of the distance."""
