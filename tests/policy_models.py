@@ -89,7 +89,7 @@ class ARCModel(Model):
     def evict(self, pinned: Set[bytes]) -> bytes | None:
         t1 = len(self.keys("t1"))
         returns = self.wanted is not None and self.part.get(self.wanted) == "b2"
-        first = t1 and (t1 > self.p or (returns and t1 == int(self.p)))
+        first = t1 and (t1 > self.p or (returns and t1 == self.p))
         for part in ("t1", "t2") if first else ("t2", "t1"):
             victim = self.oldest(part, pinned)
             if victim is not None:

@@ -160,6 +160,7 @@ def test_sieve_equals_a_list_with_a_hand(steps: list[Step]) -> None:
         if verb in ("insert", "hit") and (key in order) == (verb == "hit"):
             getattr(policy, verb)(key)
             if verb == "insert":
+                hand = 0 if hand >= len(order) else hand
                 order.append(key)
             else:
                 used.add(key)
@@ -180,6 +181,16 @@ def test_sieve_equals_a_list_with_a_hand(steps: list[Step]) -> None:
                     used.discard(at)
                 hand += 1
             assert policy.evict(among(pinned)) == expected
+
+
+def test_sieve_goes_round_before_the_next_key_comes() -> None:
+    policy = load_policy("sieve", 2)
+    for key in (b"a", b"b"):
+        policy.insert(key)
+    policy.hit(b"a")
+    assert policy.evict(none_pinned) == b"b"  # the newest: the hand is at the end
+    policy.insert(b"c")
+    assert policy.evict(none_pinned) == b"a"
 
 
 def test_arc_shifts_towards_the_ghosts_that_return() -> None:
