@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex import __version__
-from kvortex.commands import plan
+from kvortex.commands import doctor, plan
 from kvortex.config import KVortexConfig
 from kvortex.core import ConfigError, KVortexError, TransferError
 from kvortex.plugins import load_admission, load_policy, policy_names
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_disk_parsers(commands)
     plan.add_parser(commands)
+    doctor.add_parser(commands)
 
     tune = commands.add_parser(
         "tune",
