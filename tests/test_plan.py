@@ -173,8 +173,10 @@ def test_a_window_bounds_what_a_sequence_keeps_and_loads(
         "layer_types": ["sliding_attention", "full_attention"] * 16,
         "sliding_window": 1024,
     }
-    plan = planned(capsys, written(tmp_path, **settings))
+    plan = planned(capsys, written(tmp_path, **settings), "--gpu-memory", "16")
     whole, window = 32768 // 16, 1024 // 16
+    assert plan["gpu_tokens"] == plan["gpu_blocks"] // 2 * 16
+    assert plan["gpu_longest_sequence"] == (plan["gpu_blocks"] - window - 1) * 16
     assert plan["groups"] == [{"window": 1024}, {"window": None}]
     assert plan["restore"][1]["bytes_per_gpu"] == (whole + window) * plan["block_bytes_per_gpu"]
     assert any("1024 tokens only" in note and "64 MiB" in note for note in plan["notes"])

@@ -39,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="of each GPU for the KV cache, beside the weights: vLLM's log names it at start as "
         "available KV cache memory",
     )
-    plan.add_argument("--ram-pool-gb", default=8.0, metavar="GB", help="(default: %(default)s)")
+    plan.add_argument("--ram-pool-gb", default=8.0, metavar="GB", help="host RAM (default: 8)")
     plan.add_argument("--disk-pool-gb", metavar="GB", help="of a local drive (default: none)")
     plan.add_argument("--disk-path", metavar="PATH", help=f"where (default: {DISK_PATH})")
     plan.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs of tensor parallelism")
@@ -50,7 +50,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="of vLLM's --kv-cache-dtype (default: as the checkpoint says)",
     )
     plan.add_argument(
-        "--block-size", type=int, default=16, metavar="N", help="tokens of vLLM's blocks"
+        "--block-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="tokens of vLLM's blocks (default: 16)",
     )
     plan.add_argument(
         "--link-gb-s",

@@ -71,6 +71,17 @@ class Plan:
                 found[reach.window] = found.get(reach.window, 0) + 1
         return found
 
+    @property
+    def longest_sequence(self) -> int | None:
+        """Tokens of the longest sequence that the GPUs have room for, a window's layers keeping
+        what they reach; None where that is not known, or there is no end to it."""
+        reaches, size = self.shape.reaches, self.shape.block_tokens
+        endless = sum(reach.window is None for reach in reaches)
+        if self.gpu_blocks is None or not endless:
+            return None
+        kept = sum(-(-reach.window // size) + 1 for reach in reaches if reach.window is not None)
+        return max(0, self.gpu_blocks - kept) // endless * size
+
     def restore_seconds(self, tokens: int) -> float:
         """For a prompt of so many tokens that is in host memory; every GPU loads its own part."""
         return self.shape.loaded_bytes(tokens) / (self.link.gb_s * 1e9)
@@ -92,6 +103,7 @@ class Plan:
             "bytes_per_token_per_gpu": shape.bytes_per_token,
             "gpu_blocks": self.gpu_blocks,
             "gpu_tokens": self.gpu_tokens,
+            "gpu_longest_sequence": self.longest_sequence,
             "host_blocks": self.host_blocks,
             "host_tokens": self.host_tokens,
             "disk_blocks": self.disk_blocks,
@@ -115,6 +127,10 @@ class Plan:
     def notes(self) -> list[str]:
         """What a person should know beside the numbers."""
         notes = [self._about_window(window, groups) for window, groups in self.windows.items()]
+        if notes and self.longest_sequence:
+            notes.append(
+                f"So the GPU has room for one sequence of {self.longest_sequence:,} tokens."
+            )
         chunk = self.attention.promoted_chunks
         if chunk is not None:
             notes.append(f"Some layers look at chunks of {chunk} tokens; vLLM keeps all for them.")
