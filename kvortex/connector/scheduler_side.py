@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvortex.config import slots_in_pool
 from kvortex.connector.bad_blocks import BadBlocks
 from kvortex.connector.host_events import HostEvents
 from kvortex.connector.load_planner import LoadPlanner
@@ -15,7 +16,6 @@ from kvortex.connector.tracked_request import TrackedRequest
 from kvortex.core import Direction, StepPlan
 from kvortex.cost_model import CostModel
 from kvortex.disk import disk_slots_in_pool
-from kvortex.engine import slots_in_pool
 from kvortex.metrics import Gauges
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
