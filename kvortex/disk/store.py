@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 ROW = 5
 """Numbers in a lane's row: job, position, part, parts, and microseconds of the clock."""
+LOST = {Status.ERROR, Status.CORRUPT, Status.STALE}
+"""Of a block that could not be read; what came too late, or was not tried, is there still."""
 CLOSE_S = 10.0
 """For the lanes to end the row that each works on."""
 
@@ -97,6 +99,7 @@ class DiskStore:
         self._writing = Breaker(f"writing to {disk_path}")
         self._jobs: dict[int, DiskJob] = {}
         self._ended: dict[int, frozenset[int]] = {}
+        self._lost: dict[int, frozenset[int]] = {}
         self._unerased: set[int] = set()
         """Slots to erase for which no lane had room yet."""
         self._erasing: set[int] = set()
@@ -206,8 +209,9 @@ class DiskStore:
             self._abandon_all()
         self._push_erases()
         ended, self._ended = self._ended, {}
+        lost, self._lost = self._lost, {}
         self.counters.times_off = self._reading.times_off + self._writing.times_off
-        return StoreReport(ended, self._newly_late(time.monotonic()))
+        return StoreReport(ended, self._newly_late(time.monotonic()), lost)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until a lane answered since the last wait; returns whether one did."""
@@ -312,6 +316,9 @@ class DiskStore:
             self.counters.count_failures(job.failed.values(), is_read=is_read)
             corrupt = [at for at, status in job.failed.items() if status is Status.CORRUPT]
             self.erase(job.disk_slots[position] for position in corrupt)
+        lost = frozenset(at for at, status in job.failed.items() if status in LOST)
+        if lost and is_read:
+            self._lost[job.id] = lost
 
     def _newly_late(self, now: float) -> frozenset[int]:
         """Reads that passed their deadline; a drive that lets any job wait so long is failing."""
