@@ -24,6 +24,7 @@ class DiskWorker:
     def begin(self, plan: DiskPlan) -> None:
         """Start what is planned."""
         if plan.clear:
+            self._store.renounce()
             self._store.clear()
         for move in plan.writes:
             slots, disk_slots = move.slots.tolist(), move.disk_slots.tolist()

@@ -54,6 +54,7 @@ class _Flight:
     failed: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     discard: bool = False
+    """A read of what was forgotten meanwhile; of a write, the host's blocks tell that."""
 
 
 @dataclass(slots=True, eq=False)
@@ -134,7 +135,7 @@ class Overflow:
         self._reads: list[DiskMove] = []
         self._clear = False
         self._disowned = False
-        host.on_evict = self._miss
+        host.on_evict = lambda block: self.miss((block.key,))
 
     @property
     def pending(self) -> bool:
@@ -181,6 +182,13 @@ class Overflow:
             self._waiting[key] = None
         else:
             self._counters.disk_not_admitted += 1
+
+    def miss(self, keys: Iterable[BlockKey]) -> None:
+        """Blocks leave the host, or did not come there after all."""
+        for key in keys:
+            if key in self._waiting:
+                del self._waiting[key]
+                self._counters.disk_missed_writes += 1
 
     def fetch_of(self, request_id: str) -> Fetch | None:
         """What was begun for a request."""
@@ -353,12 +361,6 @@ class Overflow:
                 batch.append(block)
         return batch
 
-    def _miss(self, block: Block) -> None:
-        """A block leaves the host."""
-        if block.key in self._waiting:
-            del self._waiting[block.key]
-            self._counters.disk_missed_writes += 1
-
     def _fly(self, in_host: list[Block], on_disk: list[Block]) -> _Flight:
         move = DiskMove(
             next(self._ids),
@@ -379,8 +381,9 @@ class Overflow:
 
     def _end_write(self, flight: _Flight) -> None:
         self._writing -= len(flight.in_host)
+        unwanted = {n for n, one in enumerate(flight.in_host) if one.state is not State.RESIDENT}
         self._host.unpin(flight.in_host)
-        good, bad = _parted(flight.on_disk, flight)
+        good, bad = _parted(flight.on_disk, flight.failed | unwanted)
         self.disk.abort(bad)
         self.disk.commit(good)
         self._counters.disk_failed_writes += len(flight.failed)
@@ -393,7 +396,8 @@ class Overflow:
             if self._reading.get(key) is flight:
                 del self._reading[key]
         self.disk.unpin(flight.on_disk)
-        good, bad = _parted(flight.in_host, flight)
+        everything = set(range(len(flight.in_host)))
+        good, bad = _parted(flight.in_host, everything if flight.discard else flight.failed)
         self._host.abort(bad)
         self._host.commit(good)
         self.disk.forget(flight.on_disk[position] for position in flight.lost)
@@ -433,9 +437,8 @@ class _Union:
         return key in self.one or key in self.other
 
 
-def _parted(blocks: Sequence[Block], flight: _Flight) -> tuple[list[Block], list[Block]]:
+def _parted(blocks: Sequence[Block], bad: set[int]) -> tuple[list[Block], list[Block]]:
     """Those whose bytes arrived and are still wanted, and the others."""
-    bad = set(range(len(blocks))) if flight.discard else flight.failed
     return (
         [block for position, block in enumerate(blocks) if position not in bad],
         [block for position, block in enumerate(blocks) if position in bad],

@@ -112,6 +112,8 @@ class OffloadScheduler:
         blocks = self.tier.reserve(keys, parents)
         self.counters.evicted_blocks = self.tier.evictions
         self.counters.refused_stores += len(keys) - len(blocks)
+        if self.overflow is not None:
+            self.overflow.miss(keys[len(blocks) :])
         return self._plan(Direction.STORE, blocks, block_ids[: len(blocks)]) if blocks else None
 
     def load(
@@ -254,6 +256,8 @@ class OffloadScheduler:
             self.counters.store_seconds += time.perf_counter() - flight.planned_at
             return
         self.tier.abort(flight.blocks)
+        if self.overflow is not None:
+            self.overflow.miss(block.key for block in flight.blocks)
         if flight.failed:
             self.counters.failed_stores += len(flight.blocks)
             self._log_once("A store failed; its blocks are not kept.")

@@ -205,6 +205,18 @@ def test_failed_writes_are_not_on_disk() -> None:
     setting.check()
 
 
+def test_what_the_host_does_not_trust_any_more_does_not_come_to_disk() -> None:
+    setting = Setting(64).stored(b"a", b"b")
+    (move,) = setting.plan().writes
+    block = setting.host.lookup(b"a")
+    assert block is not None
+    setting.host.forget([block])  # as after a load that failed
+    setting.end(move)
+    assert [key in setting.disk.readable for key in (b"a", b"b")] == [False, True]
+    assert setting.counters.disk_failed_writes == 0
+    setting.check()
+
+
 def test_a_move_ends_when_it_has_on_every_rank() -> None:
     setting = Setting(64, num_ranks=2).stored(b"a", b"b")
     (move,) = setting.plan().writes

@@ -202,6 +202,11 @@ class DiskStore:
         writing = (slot for job in self._jobs.values() if not job.reads for slot in job.disk_slots)
         self.erase([*self._files.used_slots(), *writing])
 
+    def renounce(self) -> None:
+        """Leave nothing of what is written from now on to the next life: the weights may have been
+        changed, and that one will begin with those that the namespace tells of."""
+        self._files.renounce()
+
     def poll(self) -> StoreReport:
         """What became of jobs since the last call. After `close`, every job has ended."""
         self._take_answers()
