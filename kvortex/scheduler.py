@@ -50,15 +50,18 @@ class OffloadScheduler:
         num_ranks: int = 1,
         slot_bytes: int = 0,
         disk: HostTier | None = None,
+        disk_write_bytes_per_s: float | None = None,
     ) -> None:
-        """`disk` is the tier of the workers' disks, if they have any."""
+        """`disk` is the tier of the workers' disks, if they have any; None is no limit of speed."""
         self.tier = tier
         self._planned_slots = tier.index.num_slots
         self._block_bytes = slot_bytes * num_ranks
         self.counters = Counters()
         self.overflow: Overflow | None = None
         if disk is not None:
-            self.overflow = Overflow(tier, disk, self.counters, num_ranks, self._block_bytes)
+            self.overflow = Overflow(
+                tier, disk, self.counters, num_ranks, self._block_bytes, disk_write_bytes_per_s
+            )
         self._num_ranks = num_ranks
         self._flights: dict[int, Flight] = {}
         self._new: dict[Direction, list[Job]] = {Direction.STORE: [], Direction.LOAD: []}
@@ -109,6 +112,8 @@ class OffloadScheduler:
         blocks = self.tier.reserve(keys, parents)
         self.counters.evicted_blocks = self.tier.evictions
         self.counters.refused_stores += len(keys) - len(blocks)
+        if self.overflow is not None:
+            self.overflow.miss(keys[len(blocks) :])
         return self._plan(Direction.STORE, blocks, block_ids[: len(blocks)]) if blocks else None
 
     def load(
@@ -251,6 +256,8 @@ class OffloadScheduler:
             self.counters.store_seconds += time.perf_counter() - flight.planned_at
             return
         self.tier.abort(flight.blocks)
+        if self.overflow is not None:
+            self.overflow.miss(block.key for block in flight.blocks)
         if flight.failed:
             self.counters.failed_stores += len(flight.blocks)
             self._log_once("A store failed; its blocks are not kept.")

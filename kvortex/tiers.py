@@ -48,7 +48,7 @@ class HostTier:
         self.evictions = 0
         self._policy = GuardedPolicy(policy, self.index.keys)
         self._admission = admission or Always(num_slots)
-        self._on_evict = on_evict
+        self.on_evict = on_evict
         self._arriving: dict[BlockKey, _Arrivals] = {}
         self._path: list[Block] = []
         """From the victim that the policy named last down to the block that leaves next."""
@@ -185,8 +185,8 @@ class HostTier:
         self._spared.clear()
         if block is None:
             return False
-        if self._on_evict is not None:
-            self._on_evict(block)
+        if self.on_evict is not None:
+            self.on_evict(block)
         self._drop(block)
         self.evictions += 1
         return True
