@@ -17,7 +17,7 @@ from kvortex.core import DiskMove, DiskPlan, DiskReport
 from kvortex.policies import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Sequence
+    from collections.abc import Callable, Container, Iterable, Sequence
 
     from kvortex.block import Block
     from kvortex.core import BlockKey
@@ -94,6 +94,8 @@ class Overflow:
         self._read_bytes_per_s: float | None = None
         self.known = False
         """Whether the workers have told what is on their disks from a former life."""
+        self.on_bad_read: Callable[[Block], None] | None = None
+        """Told of each block that the disk did not give back."""
         self._host = host
         self._counters = counters
         self._num_ranks = num_ranks
@@ -325,7 +327,11 @@ class Overflow:
         good, bad = _parted(flight.in_host, flight)
         self._host.abort(bad)
         self._host.commit(good)
-        self.disk.forget(flight.on_disk[position] for position in flight.failed)
+        lost = [flight.on_disk[position] for position in flight.failed]
+        self.disk.forget(lost)
+        if self.on_bad_read is not None:
+            for block in lost:
+                self.on_bad_read(block)
         self._hold(fetch, [block for block in good if block.state is State.RESIDENT])
         fetch.arrived += len(good)
         fetch.moves_left -= 1

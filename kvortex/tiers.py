@@ -41,14 +41,13 @@ class HostTier:
         num_slots: int,
         policy: EvictionPolicy,
         admission: AdmissionFilter | None = None,
-        on_evict: Callable[[Block], None] | None = None,
     ) -> None:
-        """`on_evict` is told of each victim while its bytes are still there."""
         self.index = Index(num_slots)
         self.evictions = 0
+        self.on_evict: Callable[[Block], None] | None = None
+        """Told of each victim while its bytes are still there."""
         self._policy = GuardedPolicy(policy, self.index.keys)
         self._admission = admission or Always(num_slots)
-        self._on_evict = on_evict
         self._arriving: dict[BlockKey, _Arrivals] = {}
         self._path: list[Block] = []
         """From the victim that the policy named last down to the block that leaves next."""
@@ -185,8 +184,8 @@ class HostTier:
         self._spared.clear()
         if block is None:
             return False
-        if self._on_evict is not None:
-            self._on_evict(block)
+        if self.on_evict is not None:
+            self.on_evict(block)
         self._drop(block)
         self.evictions += 1
         return True
