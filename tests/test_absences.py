@@ -21,12 +21,13 @@ def test_the_newest_reason_is_told_as_often_as_asked() -> None:
 def test_what_is_long_ago_or_cleared_was_never_stored() -> None:
     absences = Absences(8)
     absences.note(key(0), MissReason.EVICTED)
-    for number in range(1, LEAST_KEYS + 1):
+    for number in range(1, 2 * LEAST_KEYS + 1):
+        assert absences.why(key(0)) is MissReason.EVICTED or number > LEAST_KEYS
         absences.note(key(number), MissReason.NOT_ADMITTED)
     assert absences.why(key(0)) is MissReason.NEVER_STORED
-    assert absences.why(key(LEAST_KEYS)) is MissReason.NOT_ADMITTED
+    assert absences.why(key(LEAST_KEYS + 1)) is MissReason.NOT_ADMITTED
     absences.clear()
-    assert absences.why(key(LEAST_KEYS)) is MissReason.NEVER_STORED
+    assert absences.why(key(2 * LEAST_KEYS)) is MissReason.NEVER_STORED
 
 
 def test_every_reason_has_a_counter() -> None:
