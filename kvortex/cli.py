@@ -89,8 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--plot", type=Path, metavar="PNG", help="draw hit rate against capacity")
     simulate.set_defaults(command=_simulate)
 
-    trace = commands.add_parser("trace", help="look into a trace of requests")
+    trace = commands.add_parser("trace", help="record a trace of requests, or look into one")
     about = trace.add_subparsers(required=True, metavar="COMMAND")
+    record = about.add_parser(
+        "record",
+        parents=[_settings_parser(without="trace_path")],
+        help="print the value of vLLM's --kv-transfer-config with which it records a trace",
+        epilog='vllm serve MODEL --kv-transfer-config "$(kvortex trace record trace.gz)"',
+    )
+    record.add_argument("trace_path", metavar="FILE", help="which the server writes; replaced")
+    record.set_defaults(command=_trace_record)
     info = about.add_parser("info", help="count what is in a trace")
     info.add_argument("trace", type=Path, help=TRACE_HELP)
     info.add_argument("--json", action="store_true", help="print one JSON object, not a table")
@@ -128,10 +136,12 @@ def _add_disk_parsers(commands: argparse._SubParsersAction[argparse.ArgumentPars
         parser.set_defaults(command=command)
 
 
-def _settings_parser(**defaults: float) -> argparse.ArgumentParser:
-    """One option for each setting; their values are checked by KVortexConfig."""
+def _settings_parser(without: str = "", **defaults: float) -> argparse.ArgumentParser:
+    """One option for each setting but one; their values are checked by KVortexConfig."""
     parser = argparse.ArgumentParser(add_help=False)
     for name, field in KVortexConfig.model_fields.items():
+        if name == without:
+            continue
         parser.add_argument(
             "--" + name.replace("_", "-"),
             default=defaults.get(name, field.default),
@@ -222,6 +232,12 @@ def _simulate(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         plot(outcomes, arguments.plot)
     return 0
+
+
+def _trace_record(arguments: argparse.Namespace) -> int:
+    """As `config`; the path is made absolute, as servers are not always started from here."""
+    arguments.trace_path = str(Path(arguments.trace_path).absolute())
+    return _config(arguments)
 
 
 def _trace_info(arguments: argparse.Namespace) -> int:

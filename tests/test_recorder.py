@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import kvortex.recorder
+from kvortex import KVortexConfig
 from kvortex.cli import main
 from kvortex.core import ConfigError
 from kvortex.recorder import FLUSH_EVERY, Recorder
@@ -38,6 +39,23 @@ def test_what_was_recorded_is_read(tmp_path: Path) -> None:
     assert len(set(second.keys)) == 3
     assert (first.tokens, first.time_ms, second.time_ms) == (40, 0, 1500)
     assert (first.hits, second.hits) == ({"gpu": 1, "host": 0}, {"gpu": 1, "host": 1})
+
+
+def test_the_command_prints_what_lets_vllm_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["trace", "record", "trace.gz", "--ram-pool-gb", "2"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    path = str(tmp_path / "trace.gz")
+    assert printed == KVortexConfig(ram_pool_gb=2, trace_path=path).kv_transfer_config()
+
+
+def test_the_command_wants_one_file(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["trace.gz", "--trace-path", "other.gz"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["trace", "record", *arguments])
+        assert "usage: kvortex" in capsys.readouterr().err
 
 
 def test_neither_keys_nor_names_are_in_the_file(tmp_path: Path) -> None:
