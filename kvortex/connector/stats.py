@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -79,6 +80,8 @@ class KVortexPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        # Of several API servers' processes, one has the newest word on an engine.
+        gauge = partial(self._gauge_cls, multiprocess_mode="mostrecent")
         metrics = {
             metric.name: kind(
                 name=f"vllm:kvortex_{metric.name}",
@@ -87,7 +90,7 @@ class KVortexPromMetrics(KVConnectorPromMetrics):
             )
             for kind, group, when in (
                 (self._counter_cls, fields(Counters), " since start"),
-                (self._gauge_cls, fields(Gauges), " now"),
+                (gauge, fields(Gauges), " now"),
             )
             for metric in group
             if not metric.name.startswith(MISSED)
