@@ -69,7 +69,7 @@ class View:
         yield from _use("host slots in use", state.resident_slots, state.slots)
         yield from _use("disk slots in use", state.disk_resident_slots, state.disk_slots)
         out, back, disk = (
-            f"   {short(speed)}B/s" if speed else ""
+            f"   {short(speed, 'B/s')}" if speed else ""
             for speed in (
                 state.store_bytes_per_second,
                 state.load_bytes_per_second,
@@ -94,8 +94,8 @@ class View:
         yield self._line("steps loaded by layer", lambda of: of.layered_loads)
         yield self._line("prefill saved", lambda of: of.saved_seconds, "s")
         yield self._line("loads took", lambda of: of.load_seconds, "s")
-        speed = short(state.prefill_tokens_per_second)
-        yield f"prefill: {speed} tokens/s; {state.transfers_under_way:.0f} transfers under way"
+        yield f"prefill runs at {short(state.prefill_tokens_per_second)} tokens/s"
+        yield f"{state.transfers_under_way:.0f} transfers under way"
 
     def _failures(self) -> Iterator[str]:
         failures = [name for name, number in self.total.failures.items() if number]
@@ -113,19 +113,20 @@ class View:
     def _line(self, name: str, pick: Callable[[Activity], float], unit: str = "") -> str:
         lately = "-"
         if self.recent is not None and self.seconds:
-            lately = short(pick(self.recent) / self.seconds) + unit
-        return f"{name:22.22}{lately:>12}{short(pick(self.total)) + unit:>14}"
+            lately = short(pick(self.recent) / self.seconds, unit)
+        return f"{name:22.22}{lately:>12}{short(pick(self.total), unit):>14}"
 
 
-def short(number: float) -> str:
-    """Three digits and a prefix of a thousand."""
-    unit = ""
-    for unit in ("", " k", " M", " G", " T", " P"):
-        if abs(number) < 999.5 or unit == " P":
+def short(number: float, unit: str = "") -> str:
+    """Three digits, a prefix of a thousand and a unit."""
+    prefix = ""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(number) < 999.5 or prefix == "P":
             break
         number /= 1000
-    whole = number >= 99.5 or (not unit and number == int(number))
-    return f"{number:.{0 if whole else 1 if number >= 9.95 else 2}f}{unit}"
+    whole = number >= 99.5 or (not prefix and number == int(number))
+    digits = 0 if whole else 1 if number >= 9.95 else 2
+    return f"{number:.{digits}f} {prefix}{unit}".rstrip()
 
 
 def _missed(reason: str) -> Callable[[Activity], float]:

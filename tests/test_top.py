@@ -42,7 +42,7 @@ def test_since_start() -> None:
     assert "missed: late" not in lines
     assert lines["host slots in use"] == "6 of 8 75% " + "#" * 15
     assert "disk slots in use" not in lines
-    assert lines["prefill saved"] == "- 2s"
+    assert lines["prefill saved"] == "- 2 s"
     assert lines["failed loads"] == "- 3"
     assert "NO FAILURES" not in lines
 
@@ -64,6 +64,7 @@ def test_a_server_that_was_not_asked_yet_divides_nothing_by_nothing() -> None:
 def test_any_number_is_short(number: float) -> None:
     shown = short(number)
     assert len(shown) <= 6 or number >= 1e18
+    assert short(number, "B") == shown + ("B" if " " in shown else " B")
     value, _, unit = shown.partition(" ")
     power = 1000.0 ** " kMGTP".index(unit or " ")
     assert float(value) * power == pytest.approx(number, rel=0.006, abs=0.006)
