@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex import __version__
-from kvortex.commands import doctor, plan
+from kvortex.commands import doctor, plan, top
 from kvortex.config import KVortexConfig
 from kvortex.core import ConfigError, KVortexError, TransferError
 from kvortex.plugins import load_admission, load_policy, policy_names
@@ -117,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
     tune.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     tune.set_defaults(command=_tune)
+
+    top.add_parser(commands)
     return parser
 
 

@@ -237,10 +237,12 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """The request's blocks may be freed: stores hold those they read."""
-        if self._scheduler is not None:
-            self._scheduler.finished(request)
-        return False, None
+        """The request's blocks may be freed: stores hold those they read.
+
+        An answer that is not streamed has the explanation in its `kv_transfer_params`, if asked.
+        """
+        told = self._scheduler.finished(request) if self._scheduler is not None else None
+        return False, {"kvortex": told.as_dict()} if told is not None else None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
