@@ -286,7 +286,9 @@ def test_what_the_disk_does_not_give_back_failed(tmp_path: Path) -> None:
     plan = keeper.offload.take_plan().disk
     assert plan is not None
     bad = {move.id: frozenset(np.arange(len(move.keys)).tolist()) for move in plan.reads}
-    keeper.offload.settle(StepReport({}, disk=DiskReport(dict.fromkeys(bad, 1), failed=bad, lost=bad)))
+    keeper.offload.settle(
+        StepReport({}, disk=DiskReport(dict.fromkeys(bad, 1), failed=bad, lost=bad))
+    )
     begin(keeper, asked)
     assert misses(keeper) == {"failed": 8 * BLOCK}
 
