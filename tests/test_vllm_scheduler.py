@@ -495,22 +495,23 @@ def test_the_scheduler_loads_only_what_all_ranks_stored(
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "overlap", "disk_slots"),
+    ("num_ranks", "overlap", "loads_fail", "disk_slots"),
     [
-        pytest.param(1, False, 40, id="one-rank"),
-        pytest.param(2, True, 12, id="two-ranks-overlapping-steps"),
+        pytest.param(1, False, True, 40, id="loads-fail"),
+        pytest.param(2, True, False, 12, id="two-ranks-overlapping-steps"),
     ],
 )
 def test_requests_wait_for_the_disk_and_get_only_what_it_kept(
     num_ranks: int,
     overlap: bool,
+    loads_fail: bool,
     disk_slots: int,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     seen = Counter[str]()
     machine = machine_over(
-        tmp_path, num_ranks, seen, overlap=overlap, loads_fail=False, disk_slots=disk_slots
+        tmp_path, num_ranks, seen, overlap=overlap, loads_fail=loads_fail, disk_slots=disk_slots
     )
     for name in ("kvortex", "vllm"):
         caplog.set_level(logging.CRITICAL, name)
@@ -569,3 +570,25 @@ def test_a_failed_load_is_computed_again_though_the_first_to_share_it_is_gone(
         aborted is not None
     )
     assert seen["bad"] == 1 + (aborted == 0)
+
+
+def test_what_an_aborted_request_computed_from_a_failed_load_is_found_by_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM leaves it in its cache, behind a block that others compute again."""
+    for name in ("kvortex", "vllm"):
+        caplog.set_level(logging.CRITICAL, name)
+    seen = Counter[str]()
+    machine = machine_over(tmp_path, 1, seen, overlap=False, loads_fail=True)()
+    machine.open(14, 8, 0, 5, "lru", "always", apart=False)
+    machine.arrive(0, 16, [], 4)
+    machine.come_back([0], [0], 4, lost=True)
+    machine.come_back([0, 0], [], 4, lost=True)
+    for _ in range(2):
+        machine.abort(0)
+    machine.come_back([0], [], 4, lost=True)
+    machine.step(fail=0, midway=0)
+    assert seen["bad"] == 1
+    machine.come_back([0, 1], [], 4, lost=False)
+    machine.come_back([0], [], 4, lost=True)
+    machine.teardown()
