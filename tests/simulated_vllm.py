@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvortex.core import Direction, StepReport
+from kvortex.core import Direction, DiskReport, StepReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvortex.connector.messages import ReportMessage
-    from kvortex.core import Job, StepPlan
+    from kvortex.core import BlockKey, DiskMove, DiskPlan, Job, StepPlan
 
 Print = tuple[int, ...] | str
 NOTHING, TORN, SPOILT = "nothing", "torn", "spoilt"
@@ -130,6 +130,84 @@ class Copy:
     prints: list[Print]
 
 
+@dataclass(slots=True, eq=False)
+class Move:
+    """One disk move on one rank, and what the host held when it began."""
+
+    move: DiskMove
+    is_write: bool
+    prints: list[Print]
+    void: bool = False
+    """A write that a clear overtook."""
+
+
+class SimulatedDisk:
+    """One rank's, empty at first; moves end when told to, well or not."""
+
+    def __init__(self, host: list[Print], num_slots: int) -> None:
+        self.slots: dict[int, tuple[BlockKey, Print]] = {}
+        self.under: list[Move] = []
+        self._host = host
+        self._num_slots: int | None = num_slots
+        self._finished: dict[int, int] = {}
+        self._failed: dict[int, frozenset[int]] = {}
+        self._lost: dict[int, frozenset[int]] = {}
+
+    def begin(self, plan: DiskPlan) -> None:
+        if plan.clear:
+            self.slots.clear()
+            for move in self.under:
+                move.void = True
+        for one in plan.writes:
+            prints = [self._host[slot] for slot in one.slots.tolist()]
+            assert TORN not in prints, "a block is written before it is there"
+            for disk_slot in one.disk_slots.tolist():
+                self.slots.pop(disk_slot, None)
+            self.under.append(Move(one, True, prints))
+        for one in plan.reads:
+            for slot in one.slots.tolist():
+                self._host[slot] = TORN
+            self.under.append(Move(one, False, []))
+
+    def end(self, number: int, well: bool = True) -> None:
+        """Let a move end; of a read that goes wrong, an odd number is one that came too late."""
+        move = self.under.pop(number % len(self.under))
+        self._finished[move.move.id] = 1
+        bad = self._end_write(move, well) if move.is_write else self._end_read(move, well)
+        self._failed[move.move.id] = frozenset(bad)
+        if bad and not move.is_write and not (number % 2 and not well):
+            self._lost[move.move.id] = frozenset(bad)
+
+    def report(self) -> DiskReport:
+        told = self._num_slots is None
+        survivors: dict[bytes, int] | None = None if told else {}
+        report = DiskReport(self._finished, self._failed, self._lost, survivors, self._num_slots)
+        self._finished, self._failed, self._lost, self._num_slots = {}, {}, {}, None
+        return report
+
+    def _end_write(self, move: Move, well: bool) -> set[int]:
+        one = move.move
+        held = [self._host[slot] for slot in one.slots.tolist()]
+        assert held == move.prints, "a slot was given away while the disk wrote it"
+        if well and not move.void:
+            self.slots.update(
+                zip(one.disk_slots.tolist(), zip(one.keys, held, strict=True), strict=True)
+            )
+        return set() if well else set(range(len(one.keys)))
+
+    def _end_read(self, move: Move, well: bool) -> set[int]:
+        one, bad = move.move, set()
+        rows = zip(one.keys, one.slots.tolist(), one.disk_slots.tolist(), strict=True)
+        for position, (key, slot, disk_slot) in enumerate(rows):
+            assert self._host[slot] == TORN, "two moves into one slot"
+            held_key, found = self.slots.get(disk_slot, (b"", TORN))
+            if well and held_key == key:
+                self._host[slot] = found
+            else:
+                bad.add(position)
+        return bad
+
+
 class SimulatedRank:
     """A worker: a StepPlan goes in, a StepReport comes out.
 
@@ -141,6 +219,7 @@ class SimulatedRank:
         self.ready_slots = ready_slots
         self.gpu: list[Print] = [NOTHING] * num_blocks
         self.host: list[Print] = [NOTHING] * num_slots
+        self.disk: SimulatedDisk | None = None
         self.spoilt_ends: set[int] = set()
         """Spoilt blocks of which only the beginning was computed again."""
         self.under: list[Copy] = []
@@ -172,6 +251,8 @@ class SimulatedRank:
         """
         self._spoil(plan.lost_block_ids)
         self._misled = bool(plan.lost_block_ids)
+        if self.disk is not None and plan.disk is not None:
+            self.disk.begin(plan.disk)
         for job in plan.loads:
             if fail or not self._exists(job):
                 self._fail(job)
@@ -237,6 +318,7 @@ class SimulatedRank:
             frozenset(self._failed),
             self._slots_to_tell,
             ready_slots=self.ready_slots if self._grows else None,
+            disk=self.disk.report() if self.disk is not None else None,
         )
         self._finished, self._failed, self._slots_to_tell = {}, set(), None
         self._grows = self.ready_slots < len(self.host)

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kvortex.plugins
 from kvortex.cli import main
 from kvortex.core import ConfigError
 from kvortex.plugins import policy_names
-from kvortex.policies import ADMISSIONS, LRU
+from kvortex.policies import ADMISSIONS, BUILT_IN, LRU
 from kvortex.simulator import CLAIRVOYANT, replay
 from kvortex.trace import Request, Trace, read_trace
 
@@ -121,7 +120,7 @@ def test_a_policy_that_fails_is_not_shown_with_the_figures_of_lru(
         def insert(self, key: bytes) -> None:
             raise KeyError(key)
 
-    monkeypatch.setitem(kvortex.plugins.BUILT_IN, "lru", Boom)
+    monkeypatch.setitem(BUILT_IN, "lru", Boom)
     monkeypatch.setattr("kvortex.plugins.entry_points", lambda **_: ())
     with pytest.raises(ConfigError, match="policy 'lru' fails, LRU would serve instead: KeyError"):
         replay(trace("abcd"), "lru", 4)

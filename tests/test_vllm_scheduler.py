@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from simulated_vllm import (
     BLOCK,
     PAGE_BYTES,
+    SimulatedDisk,
     SimulatedModel,
     SimulatedRank,
     continued,
@@ -35,6 +36,7 @@ from simulated_vllm import (
 from kvortex import KVortexConfig
 from kvortex.config import GIB
 from kvortex.core import ConfigError
+from kvortex.disk.format import PAGE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +66,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     loads_fail: ClassVar[bool]
     late: ClassVar[bool]
     """Whether ranks start with one slot, and prepare the others from step to step."""
+    disk_slots: ClassVar[int]
+    """Of each rank's disk; 0 if there are none."""
     seen: ClassVar[Counter[str]]
 
     @initialize(
@@ -87,7 +91,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     ) -> None:
         """`apart` makes requests wait for their loads beside those that run."""
         pool = (num_slots + 0.5) * PAGE_BYTES * self.num_ranks / GIB
-        ours = KVortexConfig(ram_pool_gb=pool, eviction_policy=policy, admission=admission)
+        ours = KVortexConfig(
+            ram_pool_gb=pool, eviction_policy=policy, admission=admission, **self.disk_settings()
+        )
         config = self.config
         config.kv_transfer_config.kv_connector_extra_config = ours.model_dump()
         config.parallel_config.world_size = self.num_ranks
@@ -106,6 +112,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ranks = [
             SimulatedRank(num_blocks, count, 1 if self.late else count) for count in slots
         ]
+        self.overflow = self.offload.overflow
+        for rank in self.ranks if self.disk_slots else ():
+            rank.disk = SimulatedDisk(rank.host, self.disk_slots)
         self.model = SimulatedModel(self.ranks)
         self.num_blocks = num_blocks
         self.requests: list[Request] = []
@@ -163,6 +172,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if connector:
             assert self.index.resident == 0
             self.forgotten = self.index._orders
+            assert self.overflow is None or self.overflow.disk.index.resident == 0
         if connector and done:
             self.model.epoch += 1
 
@@ -210,8 +220,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         for rank in self.ranks:
             while rank.under:
                 rank.end(0)
+            while rank.disk is not None and rank.disk.under:
+                rank.disk.end(0)
 
     # How it is done
+
+    def disk_settings(self) -> dict[str, Any]:
+        if not self.disk_slots:
+            return {}
+        size = (self.disk_slots + 0.5) * PAGE * self.num_ranks / GIB
+        waiting_ms = 600_000  # a test does not depend on how fast it runs
+        how = {"disk_pool_gb": size, "disk_read_deadline_ms": waiting_ms}
+        return {"disk_path": "/nowhere", **how}
 
     def add(self, prompt: list[int], max_tokens: int) -> None:
         name = f"request {len(self.requests)}"
@@ -286,10 +306,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             expected = (self.model.epoch, *self.prefixes[block.key])
             for rank in self.ranks:
                 assert rank.host[block.slot] == expected
+        for block in self.overflow.disk.index if self.overflow is not None else ():
+            expected = (self.model.epoch, *self.prefixes[block.key])
+            for rank in self.ranks:
+                assert rank.disk is not None
+                assert rank.disk.slots[block.slot] == (block.key, expected)
 
     @invariant()
     def slots_are_conserved(self) -> None:
         self.index.check()
+        if self.overflow is not None:
+            self.overflow.disk.index.check()
 
     @invariant()
     def what_was_under_way_before_a_reset_is_never_readable(self) -> None:
@@ -324,6 +351,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             assert self.late or not self.steps
         assert all(block.pins == 0 for block in self.index)
+        if self.overflow is not None:
+            assert not any([side._prefetcher._since, side._prefetcher._late])
+            assert not any([self.overflow._fetches, self.overflow._writing])
+            assert self.overflow._room == self.overflow._most_held
+            assert self.overflow.disk.index.reserved == 0
+            assert all(block.pins == 0 for block in self.overflow.disk.index)
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == self.num_blocks - 1  # all but the null block
         self.what_is_readable_is_right_on_every_rank()
@@ -337,6 +370,64 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
 
 
+class DiskMachine(SchedulerMachine):
+    """With disks, which keep requests waiting."""
+
+    @rule(ends=ends)
+    def end_some_on_disk(self, ends: list[tuple[int, int, bool]]) -> None:
+        for rank, number, well in ends:
+            busy = [rank.disk for rank in self.ranks if rank.disk is not None and rank.disk.under]
+            if busy:
+                busy[rank % len(busy)].end(number, well)
+
+    @rule(
+        who=st.lists(picks, min_size=1, max_size=3),
+        more=st.lists(st.integers(0, 4), max_size=5),
+        steps=st.integers(0, 3),
+        then=st.sampled_from(["answer", "answer", "fail", "be late", "be left", "be reset"]),
+        pick=picks,
+    )
+    def come_back_to_disk(
+        self, who: list[int], more: list[int], steps: int, then: str, pick: int
+    ) -> None:
+        """When the host has lost what it had, too, as others needed it; then reads are under way,
+        and end in some way."""
+        self.go_on(12, end=True)
+        self.reset(running=False, connector=False)
+        tier = self.offload.tier
+        tier.abort(tier.reserve([b"%d" % n for n in range(self.index.num_slots)]))
+        self.come_back(who, more, 4, lost=False)
+        self.go_on(steps, end=False)
+        held_back = [name for name in sorted(self.scheduler.requests) if self.is_held_back(name)]
+        if not held_back:
+            return
+        self.seen[f"held back, to {then}"] += 1
+        self.seen["shared reads"] += any(
+            len(flight.fetches) > 1 for flight in self.offload.overflow._flights.values()
+        )
+        if then == "be late":
+            self.be_impatient()
+        elif then == "be left":
+            self.abort(pick)
+        elif then == "be reset":
+            self.reset(running=True, connector=True)
+        else:
+            self.end_some_on_disk(
+                [(rank, pick, then == "answer") for rank in range(self.num_ranks)]
+            )
+
+    def be_impatient(self) -> None:
+        """For one step nobody waits for the disk."""
+        prefetcher = self.connector._scheduler._prefetcher
+        patience, prefetcher._deadline_s = prefetcher._deadline_s, 0.0
+        self.step()
+        prefetcher._deadline_s = patience
+
+    def is_held_back(self, name: str) -> bool:
+        fetch = self.offload.overflow.fetch_of(name)
+        return fetch is not None and fetch.under_way
+
+
 def machine_over(
     folder: Path,
     num_ranks: int,
@@ -345,6 +436,7 @@ def machine_over(
     overlap: bool,
     loads_fail: bool,
     late: bool = False,
+    disk_slots: int = 0,
 ) -> type[SchedulerMachine]:
     from vllm.utils.hashing import get_hash_fn_by_name
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -362,9 +454,11 @@ def machine_over(
         "overlap": overlap,
         "loads_fail": loads_fail,
         "late": late,
+        "disk_slots": disk_slots,
         "seen": seen,
     }
-    return type(f"SchedulerMachine_{num_ranks}", (SchedulerMachine,), members)
+    kind = DiskMachine if disk_slots else SchedulerMachine
+    return type(f"SchedulerMachine_{num_ranks}", (kind,), members)
 
 
 @pytest.mark.parametrize(
@@ -398,6 +492,34 @@ def test_the_scheduler_loads_only_what_all_ranks_stored(
     reached += [] if loads_fail or late else ["aborted WAITING_FOR_REMOTE_KVS"]
     assert [what for what in reached if not seen[what]] == []
     assert bool(seen["failed_loads"]) is loads_fail
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "overlap", "loads_fail", "disk_slots"),
+    [
+        pytest.param(1, False, True, 40, id="loads-fail"),
+        pytest.param(2, True, False, 12, id="two-ranks-overlapping-steps"),
+    ],
+)
+def test_requests_wait_for_the_disk_and_get_only_what_it_kept(
+    num_ranks: int,
+    overlap: bool,
+    loads_fail: bool,
+    disk_slots: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen = Counter[str]()
+    machine = machine_over(
+        tmp_path, num_ranks, seen, overlap=overlap, loads_fail=loads_fail, disk_slots=disk_slots
+    )
+    for name in ("kvortex", "vllm"):
+        caplog.set_level(logging.CRITICAL, name)
+    run_state_machine_as_test(machine, settings=settings(stateful_step_count=40))
+    reached = [f"held back, to {then}" for then in ("answer", "fail", "be late", "be left")]
+    reached += ["held back, to be reset", "shared reads", "disk_late_reads", "disk_hit_tokens"]
+    reached += ["disk_failed_reads", "disk_missed_writes"]
+    assert [what for what in reached if not seen[what]] == []
 
 
 @pytest.mark.parametrize(
@@ -448,3 +570,25 @@ def test_a_failed_load_is_computed_again_though_the_first_to_share_it_is_gone(
         aborted is not None
     )
     assert seen["bad"] == 1 + (aborted == 0)
+
+
+def test_what_an_aborted_request_computed_from_a_failed_load_is_found_by_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM leaves it in its cache, behind a block that others compute again."""
+    for name in ("kvortex", "vllm"):
+        caplog.set_level(logging.CRITICAL, name)
+    seen = Counter[str]()
+    machine = machine_over(tmp_path, 1, seen, overlap=False, loads_fail=True)()
+    machine.open(14, 8, 0, 5, "lru", "always", apart=False)
+    machine.arrive(0, 16, [], 4)
+    machine.come_back([0], [0], 4, lost=True)
+    machine.come_back([0, 0], [], 4, lost=True)
+    for _ in range(2):
+        machine.abort(0)
+    machine.come_back([0], [], 4, lost=True)
+    machine.step(fail=0, midway=0)
+    assert seen["bad"] == 1
+    machine.come_back([0, 1], [], 4, lost=False)
+    machine.come_back([0], [], 4, lost=True)
+    machine.teardown()

@@ -39,11 +39,15 @@ def namespace_of(vllm_config: VllmConfig, geometry: Geometry, layout: Layout) ->
         "revision": str(model.revision),
         "dtype": str(model.dtype),
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "kv_cache_layout": _layout_name(vllm_config),
+        "attention": ", ".join(_backends(vllm_config, geometry)),
         "quantization": str(model.quantization),
         "block_tokens": geometry.block_tokens,
         "ranks": parallel.world_size,
         "tensor_parallel": parallel.tensor_parallel_size,
         "pipeline_parallel": parallel.pipeline_parallel_size,
+        "decode_context_parallel": parallel.decode_context_parallel_size,
+        "context_interleave": getattr(parallel, "cp_kv_cache_interleave_size", 1),
         "prefix_hash": vllm_config.cache_config.prefix_caching_hash_algo,
         "prefix_hash_seed": os.getenv("PYTHONHASHSEED", ""),
         "vllm": vllm.__version__,
@@ -66,6 +70,19 @@ def keys_last(vllm_config: VllmConfig) -> bool:
         return False
     hash_fn = get_hash_fn_by_name(vllm_config.cache_config.prefix_caching_hash_algo)
     return bool(seed_of(hash_fn) == seed_of(hash_fn))
+
+
+def _layout_name(vllm_config: VllmConfig) -> str:
+    """The order of a page's bytes, of which its runs need not tell."""
+    chosen = getattr(vllm_config.cache_config, "kv_cache_layout", None)
+    return str(chosen or os.getenv("VLLM_KV_CACHE_LAYOUT", ""))
+
+
+def _backends(vllm_config: VllmConfig, geometry: Geometry) -> list[str]:
+    """What reads the pages, each kind in an order of its own."""
+    layers = vllm_config.compilation_config.static_forward_context
+    known = [layers[name] for name in geometry.layer_names if name in layers]
+    return sorted({layer.get_attn_backend().__qualname__ for layer in known})
 
 
 def _weights(model: ModelConfig) -> Iterator[tuple[str, str, int, int, str]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from kvortex.core import BlockKey
 
 logger = logging.getLogger(__name__)
+
+STEPS_UNDER_WAY = 16
+"""The most steps that vLLM plans ahead of the report of one: a pipeline's stages."""
 FAILED_STATUS = "FINISHED_ERROR"
 
 
@@ -85,6 +90,8 @@ class SchedulerSide:
         self._block_tokens = geometry.block_tokens
         self._pool: BlockPool | None = None
         self._tracked: dict[str, TrackedRequest] = {}
+        self._gone: deque[list[list[list[int]]]] = deque([[]], STEPS_UNDER_WAY)
+        """GPU blocks of the requests that ended between each of the last reports and the next."""
         self._held: dict[int, list[KVCacheBlock]] = {}
         self._clock = StepClock()
         self._recorder = _open_recorder(config, geometry)
@@ -185,6 +192,8 @@ class SchedulerSide:
         """
         tracked = self._tracked.pop(request.request_id, None)
         self._end_fetch(request.request_id)
+        if tracked is not None:
+            self._gone[-1].append(tracked.block_ids)
         if tracked is not None and request.status.name != FAILED_STATUS:
             computed = min(request.num_computed_tokens, tracked.computed)
             self._store(list(self._completed(tracked, computed, computed)))
@@ -197,6 +206,7 @@ class SchedulerSide:
             self._bad.add(output.invalid_block_ids)
             self._take_from_gpu_cache(output.invalid_block_ids)
             self._compute_again()
+        self._gone.append([])
         message = output.kv_connector_worker_meta
         if not isinstance(message, ReportMessage):
             return
@@ -259,13 +269,15 @@ class SchedulerSide:
         """Let nobody else find blocks that failed to load, or what was computed from them.
 
         vLLM leaves them under their hashes, as they are to be computed again; until they are, or
-        where that is cut short, others would compute from wrong bytes.
+        where that is cut short, others would compute from wrong bytes. That goes for those of a
+        request, too, that was aborted since it computed them.
         """
         if self._pool is None:
             return
         spoilt = set(bad)
-        for tracked in self._tracked.values():
-            for ids in tracked.block_ids:
+        there = (tracked.block_ids for tracked in self._tracked.values())
+        for block_ids in itertools.chain(there, *self._gone):
+            for ids in block_ids:
                 first = next((n for n, block_id in enumerate(ids) if block_id in bad), len(ids))
                 spoilt.update(ids[first:])
         self._pool.evict_blocks(spoilt)

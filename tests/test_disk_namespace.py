@@ -1,0 +1,141 @@
+"""What makes another cache of a disk's folder, and whether its keys outlive vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from kvortex.layout import make_layout
+from kvortex.prefix_match import Reach
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+
+class Attention:
+    """A layer of vLLM's, whose backend is named by its class."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = type(backend, (), {})
+
+    def get_attn_backend(self) -> type:
+        return self._backend
+
+
+def config(folder: Path) -> Any:
+    """As much of a VllmConfig as is looked at, over a model in a folder."""
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            model=str(folder),
+            revision=None,
+            dtype=torch.float16,
+            quantization=None,
+            seed=0,
+            hf_config=SimpleNamespace(to_dict=lambda: {"rope_theta": 1}),
+        ),
+        parallel_config=SimpleNamespace(
+            world_size=2,
+            tensor_parallel_size=2,
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            cp_kv_cache_interleave_size=1,
+        ),
+        cache_config=SimpleNamespace(
+            cache_dtype="auto", prefix_caching_hash_algo="sha256", kv_cache_layout="NHD"
+        ),
+        load_config=SimpleNamespace(load_format="auto"),
+        compilation_config=SimpleNamespace(static_forward_context={"a": Attention("Flash")}),
+    )
+
+
+def identity(told: Any, page_bytes: int = 16) -> bytes:
+    from kvortex.connector.disk_namespace import namespace_of
+    from kvortex.connector.geometry import Geometry
+
+    geometry = Geometry(("a",), (Reach(),), 8, 16, page_bytes, told.parallel_config.world_size)
+    layout = make_layout({"a": torch.zeros(8, page_bytes, dtype=torch.uint8)})
+    return namespace_of(told, geometry, layout).identity
+
+
+def touched(told: Any) -> None:
+    path = Path(told.model_config.model) / "model.safetensors"
+    path.write_bytes(b"other weights")
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "weights": touched,
+    "more weights": lambda c: (Path(c.model_config.model) / "2.safetensors").write_bytes(b"x"),
+    "revision": lambda c: setattr(c.model_config, "revision", "v2"),
+    "dtype": lambda c: setattr(c.model_config, "dtype", torch.bfloat16),
+    "quantization": lambda c: setattr(c.model_config, "quantization", "fp8"),
+    "model's config": lambda c: setattr(
+        c.model_config, "hf_config", SimpleNamespace(to_dict=lambda: {"rope_theta": 2})
+    ),
+    "cache's dtype": lambda c: setattr(c.cache_config, "cache_dtype", "fp8"),
+    "cache's layout": lambda c: setattr(c.cache_config, "kv_cache_layout", "HND"),
+    "hash": lambda c: setattr(c.cache_config, "prefix_caching_hash_algo", "sha256_cbor"),
+    "pipeline": lambda c: setattr(c.parallel_config, "pipeline_parallel_size", 2),
+    "interleaving": lambda c: setattr(c.parallel_config, "cp_kv_cache_interleave_size", 8),
+    "backend": lambda c: c.compilation_config.static_forward_context.update(a=Attention("Other")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_where_the_bytes_may_differ_the_cache_does(change: str, tmp_path: Path) -> None:
+    told = config(tmp_path)
+    before = identity(told)
+    assert identity(told) == before
+    CHANGES[change](told)
+    assert identity(told) != before
+
+
+def test_pages_of_another_size_and_another_hash_seed_make_another_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = config(tmp_path)
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    found = {identity(told), identity(told, page_bytes=32)}
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    assert len(found | {identity(told)}) == 3
+
+
+def test_random_weights_differ_by_seed_and_others_do_not(tmp_path: Path) -> None:
+    told = config(tmp_path)
+    found = []
+    for load_format in ("auto", "dummy"):
+        told.load_config.load_format = load_format
+        for seed in (0, 1):
+            told.model_config.seed = seed
+            found.append(identity(told))
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "last"),
+    [("sha256", True), ("sha256_cbor", True), ("xxhash", False), ("xxhash_cbor", False)],
+)
+def test_keys_last_where_the_hash_has_a_seed_that_does(
+    algorithm: str, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.core import kv_cache_utils
+
+    from kvortex.connector.disk_namespace import keys_last
+
+    told: Any = SimpleNamespace(cache_config=SimpleNamespace(prefix_caching_hash_algo=algorithm))
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    own = hasattr(kv_cache_utils, "resolve_none_hash_seed")  # since vLLM 0.27
+    assert keys_last(told) is (last and own)
+    monkeypatch.setattr(kv_cache_utils, "resolve_none_hash_seed", None, raising=False)
+    monkeypatch.delattr(kv_cache_utils, "resolve_none_hash_seed")
+    assert keys_last(told) is False
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert keys_last(told) is True
