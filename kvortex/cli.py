@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex import __version__
-from kvortex.commands import top
+from kvortex.commands import doctor, plan, top
 from kvortex.config import KVortexConfig
 from kvortex.core import ConfigError, KVortexError, TransferError
 from kvortex.plugins import load_admission, load_policy, policy_names
@@ -106,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(command=_trace_info)
 
     _add_disk_parsers(commands)
+    plan.add_parser(commands)
+    doctor.add_parser(commands)
 
     tune = commands.add_parser(
         "tune",
@@ -195,7 +197,7 @@ def _tune(arguments: argparse.Namespace) -> int:
             + (f"use 0 to {count - 1}" if count else "there is nothing to measure without one")
         )
     from kvortex.calibration import machine_key, save_calibration
-    from kvortex.tune import table, tune
+    from kvortex.tune import speeds, table, tune
 
     device = torch.device("cuda", arguments.device)
     with torch.cuda.device(device):
@@ -209,7 +211,8 @@ def _tune(arguments: argparse.Namespace) -> int:
     else:
         print(f"{machine_key(device)}\n{table(rows, calibration)}")
     try:
-        print(f"kept in {save_calibration(device, calibration)}", file=sys.stderr)
+        kept = save_calibration(device, calibration, speeds(rows))
+        print(f"kept in {kept}", file=sys.stderr)
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"the result cannot be kept ({error}); set XDG_CACHE_HOME") from None
     return 0

@@ -103,26 +103,32 @@ class DiskReport:
     """What the workers' disks did since their last report.
 
     `finished` counts, per move, the ranks that are done with it, and `failed` has the positions
-    that failed on any of them. `survivors` are the keys found at start, with their slots, and
-    `num_slots` how many slots the smallest disk has; both are told once.
+    that failed on any of them; of reads, those that are `lost` will not succeed later either.
+    `survivors` are the keys found at start, with their slots, and `num_slots` how many slots the
+    smallest disk has; both are told once.
     """
 
     finished: dict[int, int] = field(default_factory=dict)
     failed: dict[int, frozenset[int]] = field(default_factory=dict)
+    lost: dict[int, frozenset[int]] = field(default_factory=dict)
     survivors: dict[BlockKey, int] | None = None
     num_slots: int | None = None
 
     def merge(self, other: DiskReport) -> DiskReport:
         """The report of both ranks together; what survived did so on both."""
-        finished, failed = dict(self.finished), dict(self.failed)
+        finished = dict(self.finished)
         for move_id, ranks in other.finished.items():
             finished[move_id] = finished.get(move_id, 0) + ranks
-        for move_id, positions in other.failed.items():
-            failed[move_id] = failed.get(move_id, frozenset()) | positions
         survivors = self.survivors if other.survivors is None else other.survivors
         if self.survivors is not None and other.survivors is not None:
             survivors = dict(self.survivors.items() & other.survivors.items())
-        return DiskReport(finished, failed, survivors, _least(self.num_slots, other.num_slots))
+        return DiskReport(
+            finished,
+            _united(self.failed, other.failed),
+            _united(self.lost, other.lost),
+            survivors,
+            _least(self.num_slots, other.num_slots),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,3 +203,10 @@ Number = TypeVar("Number", int, float)
 
 def _least(one: Number | None, other: Number | None) -> Number | None:
     return min((n for n in (one, other) if n is not None), default=None)
+
+
+def _united(
+    one: dict[int, frozenset[int]], other: dict[int, frozenset[int]]
+) -> dict[int, frozenset[int]]:
+    none = frozenset[int]()
+    return {key: one.get(key, none) | other.get(key, none) for key in one.keys() | other.keys()}

@@ -24,6 +24,7 @@ class DiskWorker:
     def begin(self, plan: DiskPlan) -> None:
         """Start what is planned."""
         if plan.clear:
+            self._store.renounce()
             self._store.clear()
         for move in plan.writes:
             slots, disk_slots = move.slots.tolist(), move.disk_slots.tolist()
@@ -34,12 +35,14 @@ class DiskWorker:
 
     def report(self) -> DiskReport | None:
         """What ended since the last report; at first also what was on the disk."""
-        ended = self._store.poll().ended
+        told = self._store.poll()
+        ended = told.ended
         if self._told and not ended:
             return None
         report = DiskReport(
             dict.fromkeys(ended, 1),
             {move_id: positions for move_id, positions in ended.items() if positions},
+            told.lost,
             None if self._told else self._survivors(),
             None if self._told else self._store.num_slots,
         )

@@ -51,19 +51,22 @@ class OffloadScheduler:
         num_ranks: int = 1,
         slot_bytes: int = 0,
         disk: HostTier | None = None,
+        disk_write_bytes_per_s: float | None = None,
     ) -> None:
-        """`disk` is the tier of the workers' disks, if they have any."""
+        """`disk` is the tier of the workers' disks, if they have any; None is no limit of speed."""
         self.tier = tier
         self._planned_slots = tier.index.num_slots
         self._block_bytes = slot_bytes * num_ranks
         self.counters = Counters()
         self.overflow: Overflow | None = None
         self._absences = Absences(tier.index.num_slots + (disk.index.num_slots if disk else 0))
-        tier.on_evict = self._note_evicted
+        tier.on_evict.append(self._note_evicted)
         if disk is not None:
-            self.overflow = Overflow(tier, disk, self.counters, num_ranks, self._block_bytes)
+            self.overflow = Overflow(
+                tier, disk, self.counters, num_ranks, self._block_bytes, disk_write_bytes_per_s
+            )
             self.overflow.on_bad_read = self._note_failed
-            disk.on_evict = self._note_evicted
+            disk.on_evict.append(self._note_evicted)
         self._num_ranks = num_ranks
         self._flights: dict[int, Flight] = {}
         self._new: dict[Direction, list[Job]] = {Direction.STORE: [], Direction.LOAD: []}
@@ -98,10 +101,10 @@ class OffloadScheduler:
 
     def why_missing(self, key: BlockKey) -> MissReason:
         """Of a key that the host cannot serve."""
-        overflow = self.overflow
-        if overflow is not None and (not overflow.known or overflow.disk.lookup(key) is not None):
+        reason = self._absences.why(key)
+        if reason is not MissReason.FAILED and self._may_be_on_disk(key):
             return MissReason.LATE
-        return MissReason.IN_FLIGHT if self.tier.is_arriving(key) else self._absences.why(key)
+        return MissReason.IN_FLIGHT if self.tier.is_arriving(key) else reason
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Count a use of the blocks of a request, wherever they are."""
@@ -125,6 +128,8 @@ class OffloadScheduler:
         self.counters.refused_stores += len(keys) - len(blocks)
         for key in keys[len(blocks) :]:
             self._absences.note(key, MissReason.NO_SLOT)
+        if self.overflow is not None:
+            self.overflow.miss(keys[len(blocks) :])
         return self._plan(Direction.STORE, blocks, block_ids[: len(blocks)]) if blocks else None
 
     def load(
@@ -270,6 +275,8 @@ class OffloadScheduler:
             self.counters.store_seconds += time.perf_counter() - flight.planned_at
             return
         self.tier.abort(flight.blocks)
+        if self.overflow is not None:
+            self.overflow.miss(block.key for block in flight.blocks)
         if flight.failed:
             self.counters.failed_stores += len(flight.blocks)
             for block in flight.blocks:
@@ -277,6 +284,11 @@ class OffloadScheduler:
             self._log_once("A store failed; its blocks are not kept.")
         else:
             self.counters.discarded_stores += len(flight.blocks)
+
+    def _may_be_on_disk(self, key: BlockKey) -> bool:
+        """Also while nobody knows what is there."""
+        disk = self.overflow
+        return disk is not None and (not disk.known or disk.disk.lookup(key) is not None)
 
     def _note_evicted(self, block: Block) -> None:
         self._absences.note(block.key, MissReason.EVICTED)

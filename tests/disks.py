@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +102,11 @@ def read(
     return [None if i in failed else content(pool, i) for i in range(len(keys))]
 
 
+def _set(event: Event) -> Event:
+    event.set()
+    return event
+
+
 @dataclass
 class Faults:
     """What shall go wrong with the files that `open_file` opens, and what was written to them."""
@@ -111,6 +117,8 @@ class Faults:
     short: bool = False
     """Reads and writes move no more than half of what they could."""
     delay: float = 0.0
+    flows: Event = field(default_factory=lambda: _set(Event()))
+    """Cleared, reads and writes hang until it is set."""
     moves: int = 0
     """Reads and writes that began."""
     unsynced: list[tuple[str, int, bytes]] = field(default_factory=list)
@@ -145,6 +153,7 @@ class FaultyFile(DiskFile):
 
     def _preadv(self, memory: memoryview, offset: int) -> int:
         self._faults.moves += 1
+        self._faults.flows.wait()
         time.sleep(self._faults.delay)
         if self._faults.error is not None and not self._faults.writes_only:
             raise OSError(self._faults.error, os.strerror(self._faults.error))
@@ -152,6 +161,7 @@ class FaultyFile(DiskFile):
 
     def _pwritev(self, memory: memoryview | bytes, offset: int) -> int:
         self._faults.moves += 1
+        self._faults.flows.wait()
         time.sleep(self._faults.delay)
         if self._faults.error is not None:
             if self._faults.error == errno.EIO and self.name == SLOTS:  # torn

@@ -125,6 +125,13 @@ class DiskMachine(RuleBasedStateMachine):
     def clear(self) -> None:
         self.store.clear()
         self.forget(set(range(NUM_SLOTS)))
+
+    @rule()
+    def renounce(self) -> None:
+        """What is written from now on may not survive."""
+        self.store.renounce()
+        self.store.clear()
+        self.forget(set(range(NUM_SLOTS)))
         self.outlives = False
 
     def forget(self, forgotten: set[int]) -> None:

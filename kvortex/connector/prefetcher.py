@@ -35,9 +35,13 @@ class Prefetcher:
         self._late: set[str] = set()
 
     def begin(self, tracked: TrackedRequest) -> None:
-        """Start to bring what lies on disk of the request, from block `tracked.first` on."""
+        """Start to bring what lies on disk of the request, from block `tracked.first` on.
+
+        Where the host had no room for all of it, as many others wait, it may have by now.
+        """
         request_id = tracked.request.request_id
-        if self._overflow.fetch_of(request_id) is not None or request_id in self._late:
+        fetch = self._overflow.fetch_of(request_id)
+        if request_id in self._late or (fetch is not None and not fetch.short):
             return
         keys, parents = self._loads.beyond_host(tracked, self._overflow)
         if keys:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvortex.config import slots_in_pool
 from kvortex.connector.bad_blocks import BadBlocks
 from kvortex.connector.explanation import explain
 from kvortex.connector.host_events import HostEvents
@@ -17,7 +18,6 @@ from kvortex.connector.tracked_request import TrackedRequest
 from kvortex.core import Direction, StepPlan
 from kvortex.cost_model import CostModel
 from kvortex.disk import disk_slots_in_pool
-from kvortex.engine import slots_in_pool
 from kvortex.metrics import Gauges, MissReason
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
@@ -70,7 +70,9 @@ class SchedulerSide:
         if config.disk_pool_gb is not None:
             disk_slots = disk_slots_in_pool(config.disk_pool_gb, geometry.slot_bytes, ranks)
             disk = _tier(config, disk_slots)
-        self.offload = OffloadScheduler(host, ranks, geometry.slot_bytes, disk)
+        most = config.disk_max_write_mb_s
+        speed = None if most is None else most * 1e6
+        self.offload = OffloadScheduler(host, ranks, geometry.slot_bytes, disk, speed)
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
         self._reaches = geometry.reaches
         self._loads = LoadPlanner(config, geometry, host.readable, self.costs)

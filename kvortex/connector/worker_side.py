@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.distributed.parallel_state import get_world_group
 
-from kvortex.config import GIB
+from kvortex.config import GIB, slots_in_pool
 from kvortex.connector.disk_namespace import namespace_of
 from kvortex.disk import DiskOptions, DiskStore, disk_slots_in_pool
 from kvortex.disk_worker import DiskWorker
-from kvortex.engine import slots_in_pool
 from kvortex.host_pool import free_memory_bytes, open_pool, require_free_memory
 from kvortex.layout import make_layout
 from kvortex.worker import open_copy_engine, open_worker

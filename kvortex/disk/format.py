@@ -7,7 +7,6 @@ made by somebody else is no record.
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -103,10 +102,6 @@ class RecordFormat:
     def __init__(self, digest: bytes, rank: int, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
         self._tag = blake2b(digest + rank.to_bytes(8, "little"), digest_size=8).digest()
-
-    def renounce(self) -> None:
-        """Tag what is packed from now on so that no later start believes it."""
-        self._tag = os.urandom(8)
 
     def pack(self, slot: int, record: Record) -> bytes:
         """The record as 128 bytes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from kvortex.disk.slots import Status
@@ -70,8 +70,10 @@ class StoreReport:
 
     `ended` has, per job, the positions that failed; its slots, host and disk, are free to be used.
     `late` names reads that passed their deadline: what waits for them should compute instead. They
-    still hold their slots, and end in a later report.
+    still hold their slots, and end in a later report. `lost` has, per read, those of the failed
+    positions of which the disk does not have the bytes; the others can be read another time.
     """
 
     ended: dict[int, frozenset[int]]
     late: frozenset[int] = frozenset()
+    lost: dict[int, frozenset[int]] = field(default_factory=dict)

@@ -7,6 +7,7 @@ So whatever was interrupted or lost by the drive, a slot holds the bytes of its 
 from __future__ import annotations
 
 import mmap
+import secrets
 import time
 from enum import IntEnum
 from threading import local
@@ -22,6 +23,7 @@ from kvortex.disk.format import (
     PIECE_BYTES,
     RECORD_BYTES,
     Record,
+    RecordFormat,
     combine,
     digest_pieces,
     num_pieces,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvortex.core import BlockIds, BlockKey
-    from kvortex.disk.format import Digests, RecordFormat, Survivors
+    from kvortex.disk.format import Digests, Survivors
 
     OpenFile = Callable[..., DiskFile]
 
@@ -156,8 +158,8 @@ class SlotFiles:
         self._table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = NO_RECORD
 
     def renounce(self) -> None:
-        """Have what is written from now on not be found after a restart."""
-        self._format.renounce()
+        """What is written from now on is nobody's after a restart."""
+        self._format = RecordFormat(secrets.token_bytes(16), 0, self.slot_bytes)
 
     def sync(self) -> None:
         """Have the drive keep what was written."""

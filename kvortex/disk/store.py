@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 ROW = 5
 """Numbers in a lane's row: job, position, part, parts, and microseconds of the clock."""
+LOST = {Status.ERROR, Status.CORRUPT, Status.STALE}
+"""Of a block that could not be read; what came too late, or was not tried, is there still."""
 CLOSE_S = 10.0
 """For the lanes to end the row that each works on."""
 
@@ -103,6 +105,7 @@ class DiskStore:
         self._writing = Breaker(f"writing to {disk_path}")
         self._jobs: dict[int, DiskJob] = {}
         self._ended: dict[int, frozenset[int]] = {}
+        self._lost: dict[int, frozenset[int]] = {}
         self._unerased: set[int] = set()
         """Slots to erase for which no lane had room yet."""
         self._erasing: set[int] = set()
@@ -201,14 +204,14 @@ class DiskStore:
         self._push_erases()
 
     def clear(self) -> None:
-        """Have everything forgotten, also what is being written; reads under way find nothing.
-
-        What is written later serves until the store is closed only: a cache is cleared when the
-        weights were changed in memory, and the next start has those on file again.
-        """
-        self._files.renounce()
+        """Have everything forgotten, also what is being written; reads under way find nothing."""
         writing = (slot for job in self._jobs.values() if not job.reads for slot in job.disk_slots)
         self.erase([*self._files.used_slots(), *writing])
+
+    def renounce(self) -> None:
+        """Leave nothing of what is written from now on to the next life: the weights may have been
+        changed, and that one will begin with those that the namespace tells of."""
+        self._files.renounce()
 
     def poll(self) -> StoreReport:
         """What became of jobs since the last call. After `close`, every job has ended."""
@@ -217,8 +220,9 @@ class DiskStore:
             self._abandon_all()
         self._push_erases()
         ended, self._ended = self._ended, {}
+        lost, self._lost = self._lost, {}
         self.counters.times_off = self._reading.times_off + self._writing.times_off
-        return StoreReport(ended, self._newly_late(time.monotonic()))
+        return StoreReport(ended, self._newly_late(time.monotonic()), lost)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until a lane answered since the last wait; returns whether one did."""
@@ -323,6 +327,9 @@ class DiskStore:
             self.counters.count_failures(job.failed.values(), is_read=is_read)
             corrupt = [at for at, status in job.failed.items() if status is Status.CORRUPT]
             self.erase(job.disk_slots[position] for position in corrupt)
+        lost = frozenset(at for at, status in job.failed.items() if status in LOST)
+        if lost and is_read:
+            self._lost[job.id] = lost
 
     def _newly_late(self, now: float) -> frozenset[int]:
         """Reads that passed their deadline; a drive that lets any job wait so long is failing."""
