@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     simulate.add_argument("--admission", default="always", help="default: %(default)s")
     simulate.add_argument(
-        "--prefill-tokens-per-s", type=float, help="adds the seconds of prefill that were saved"
+        "--prefill-tokens-per-s", type=_speed, help="adds the seconds of prefill that were saved"
     )
     simulate.add_argument("--json", action="store_true", help="one JSON object a line")
     simulate.add_argument("--plot", type=Path, metavar="PNG", help="draw hit rate against capacity")
@@ -156,6 +157,12 @@ def _settings_parser(without: str = "", **defaults: float) -> argparse.ArgumentP
     return parser
 
 
+def _speed(text: str) -> float:
+    if not 0 < (speed := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no speed above 0")
+    return speed
+
+
 def _read_config(arguments: argparse.Namespace) -> KVortexConfig:
     config = KVortexConfig(
         **{name: getattr(arguments, name) for name in KVortexConfig.model_fields}
@@ -219,9 +226,11 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
-    from kvortex.simulation import plot, simulate, table
+    from kvortex.simulation import plot, require_plot, simulate, table
     from kvortex.simulator import CLAIRVOYANT
 
+    if arguments.plot is not None:
+        require_plot(arguments.plot)
     outcomes = simulate(
         arguments.trace,
         arguments.policy or [*policy_names(), CLAIRVOYANT],

@@ -126,10 +126,10 @@ class OffloadScheduler:
         blocks = self.tier.reserve(keys, parents)
         self.counters.evicted_blocks = self.tier.evictions
         self.counters.refused_stores += len(keys) - len(blocks)
-        for key in keys[len(blocks) :]:
-            self._absences.note(key, MissReason.NO_SLOT)
         if self.overflow is not None:
             self.overflow.miss(keys[len(blocks) :])
+        for key in keys[len(blocks) :]:
+            self._absences.note(key, MissReason.NO_SLOT)
         return self._plan(Direction.STORE, blocks, block_ids[: len(blocks)]) if blocks else None
 
     def load(

@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from kvortex.core import ConfigError
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
 from kvortex.tiers import HostTier
@@ -57,7 +58,10 @@ def replay(
         policy: a registered name, or CLAIRVOYANT; of both tiers.
         capacity: of the host pool, in blocks.
         admission: name of a filter, which stands before both tiers.
-        disk_blocks: of a second tier, which gets what the first evicts.
+        disk_blocks: of a second tier.
+
+    Raises:
+        ConfigError: the policy raises, or breaks its word.
     """
     bound = policy == CLAIRVOYANT
     pool: _Clairvoyant | _Tiers
@@ -75,6 +79,8 @@ def replay(
         hit_blocks += hits
         tokens += request.tokens
         hit_tokens += min(hits * trace.block_tokens, request.tokens)
+    if pool.policy_error is not None:
+        raise ConfigError(f"policy {policy!r} fails, LRU would serve instead: {pool.policy_error}")
     return Outcome(
         policy=policy,
         admission="" if bound else admission,
@@ -104,6 +110,12 @@ class _Tiers:
 
     def __contains__(self, key: BlockKey) -> bool:
         return self._host.lookup(key) is not None or self._on_disk(key)
+
+    @property
+    def policy_error(self) -> str | None:
+        """Why the policy was given up, if it was."""
+        on_disk = self._disk.policy_error if self._disk is not None else None
+        return self._host.policy_error or on_disk
 
     def only_on_disk(self, keys: Sequence[BlockKey]) -> int:
         """How many of these are not in the host."""
@@ -151,6 +163,8 @@ class _Clairvoyant:
 
     Source: Belady, "A study of replacement algorithms for a virtual-storage computer", 1966.
     """
+
+    policy_error: str | None = None
 
     def __init__(self, requests: Sequence[Request], capacity: int) -> None:
         self.written = self.disk_written = 0

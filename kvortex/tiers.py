@@ -56,6 +56,11 @@ class HostTier:
         self._spared: dict[BlockKey, None] = {}
         """Victims that cannot leave because a transfer reads what continues them."""
 
+    @property
+    def policy_error(self) -> str | None:
+        """Why LRU took the policy's place, if it did."""
+        return self._policy.replaced
+
     def lookup(self, key: BlockKey) -> Block | None:
         """The readable block of a key; does not count as a use."""
         return self.index.get(key)

@@ -293,6 +293,16 @@ def test_what_the_disk_does_not_give_back_failed(tmp_path: Path, for_good: bool)
     assert misses(keeper) == {"failed": 4 * BLOCK}
 
 
+def test_what_left_the_host_before_it_was_written_is_evicted(tmp_path: Path) -> None:
+    keeper = with_disk(tmp_path, admission="always", eviction_policy="lru")
+    stored(keeper, 1)
+    stored(keeper, 2)
+    misses(keeper)
+    assert keeper.offload.counters.disk_missed_writes == 8
+    begin(keeper, request("again", 1))
+    assert misses(keeper) == {"evicted": 8 * BLOCK}
+
+
 def test_a_hit_on_disk_that_does_not_pay_stays_there(tmp_path: Path) -> None:
     keeper = with_disk(tmp_path, min_load_tokens=10**6)
     begin(keeper, request("again", tokens=10 * BLOCK + 1))

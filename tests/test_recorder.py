@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -68,6 +69,19 @@ def test_neither_keys_nor_names_are_in_the_file(tmp_path: Path) -> None:
         assert b"req-" not in told[-1]
         assert str(int.from_bytes(KEYS[1][:7], "big")).encode() not in told[-1]
     assert told[0] != told[1]  # another salt
+
+
+def test_what_came_a_second_ago_outlives_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvortex.recorder, "FLUSH_S", 0.01)
+    path = tmp_path / "trace.gz"
+    recorder = recorded(path, count=3)
+    deadline = time.monotonic() + 10
+    while len(read_trace(path).requests) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    recorder.close()
 
 
 def test_the_file_is_bounded(tmp_path: Path) -> None:

@@ -313,6 +313,14 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         return message.plan
 
     def _warn(self, reason: str | None) -> None:
+        disk, ram = self._config.disk_pool_gb, self._config.ram_pool_gb
+        if disk is not None and disk <= ram:
+            logger.warning(
+                "disk_pool_gb=%g is not more than ram_pool_gb=%g: the disk has what RAM has, and "
+                "serves after a restart only.",
+                disk,
+                ram,
+            )
         if reason is not None:
             logger.warning("KVortex is off for this model: %s.", reason)
         elif self._kv_transfer_config.kv_load_failure_policy != "recompute":

@@ -395,4 +395,4 @@ def _open_recorder(config: KVortexConfig, geometry: Geometry) -> Recorder | None
     if config.trace_path is None:
         return None
     block_bytes = geometry.slot_bytes * geometry.num_ranks
-    return Recorder(Path(config.trace_path), geometry.block_tokens, block_bytes)
+    return Recorder(Path(config.trace_path).expanduser(), geometry.block_tokens, block_bytes)
