@@ -110,7 +110,7 @@ class Overflow:
         self._read_bytes_per_s: float | None = None
         self.known = False
         """Whether the workers have told what is on their disks from a former life."""
-        self.on_bad_read: Callable[[Block], None] | None = None
+        self.on_bad_read: Callable[[Block], None] = _nobody
         """Told of each block that the disk did not give back."""
         self._host = host
         self._counters = counters
@@ -137,7 +137,7 @@ class Overflow:
         self._reads: list[DiskMove] = []
         self._clear = False
         self._disowned = False
-        host.on_evict = lambda block: self.miss((block.key,))
+        host.on_evict.append(lambda block: self.miss((block.key,)))
 
     @property
     def pending(self) -> bool:
@@ -402,12 +402,11 @@ class Overflow:
         good, bad = _parted(flight.in_host, everything if flight.discard else flight.failed)
         self._host.abort(bad)
         self._host.commit(good)
-        lost = [flight.on_disk[position] for position in flight.lost]
-        self.disk.forget(lost)
-        if self.on_bad_read is not None:
-            for block in lost:
+        self.disk.forget(flight.on_disk[position] for position in flight.lost)
+        if not flight.discard:
+            self._counters.disk_failed_reads += len(bad)
+            for block in bad:
                 self.on_bad_read(block)
-        self._counters.disk_failed_reads += 0 if flight.discard else len(bad)
         self._counters.disk_read_blocks += len(good)
         self._counters.disk_read_bytes += len(good) * self._block_bytes
         flight.fetches[0].read -= len(bad)  # that for which it was read
@@ -441,6 +440,10 @@ class _Union:
 
     def __contains__(self, key: object) -> bool:
         return key in self.one or key in self.other
+
+
+def _nobody(_block: Block) -> None:
+    """Listens."""
 
 
 def _parted(blocks: Sequence[Block], bad: set[int]) -> tuple[list[Block], list[Block]]:

@@ -60,13 +60,13 @@ class OffloadScheduler:
         self.counters = Counters()
         self.overflow: Overflow | None = None
         self._absences = Absences(tier.index.num_slots + (disk.index.num_slots if disk else 0))
-        tier.on_evict = self._note_evicted
+        tier.on_evict.append(self._note_evicted)
         if disk is not None:
             self.overflow = Overflow(
                 tier, disk, self.counters, num_ranks, self._block_bytes, disk_write_bytes_per_s
             )
             self.overflow.on_bad_read = self._note_failed
-            disk.on_evict = self._note_evicted
+            disk.on_evict.append(self._note_evicted)
         self._num_ranks = num_ranks
         self._flights: dict[int, Flight] = {}
         self._new: dict[Direction, list[Job]] = {Direction.STORE: [], Direction.LOAD: []}
@@ -101,10 +101,10 @@ class OffloadScheduler:
 
     def why_missing(self, key: BlockKey) -> MissReason:
         """Of a key that the host cannot serve."""
-        overflow = self.overflow
-        if overflow is not None and (not overflow.known or overflow.disk.lookup(key) is not None):
+        reason = self._absences.why(key)
+        if reason is not MissReason.FAILED and self._may_be_on_disk(key):
             return MissReason.LATE
-        return MissReason.IN_FLIGHT if self.tier.is_arriving(key) else self._absences.why(key)
+        return MissReason.IN_FLIGHT if self.tier.is_arriving(key) else reason
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Count a use of the blocks of a request, wherever they are."""
@@ -284,6 +284,11 @@ class OffloadScheduler:
             self._log_once("A store failed; its blocks are not kept.")
         else:
             self.counters.discarded_stores += len(flight.blocks)
+
+    def _may_be_on_disk(self, key: BlockKey) -> bool:
+        """Also while nobody knows what is there."""
+        disk = self.overflow
+        return disk is not None and (not disk.known or disk.disk.lookup(key) is not None)
 
     def _note_evicted(self, block: Block) -> None:
         self._absences.note(block.key, MissReason.EVICTED)

@@ -44,8 +44,8 @@ class HostTier:
     ) -> None:
         self.index = Index(num_slots)
         self.evictions = 0
-        self.on_evict: Callable[[Block], None] | None = None
-        """Told of each victim while its bytes are still there."""
+        self.on_evict: list[Callable[[Block], None]] = []
+        """All are told of each victim while its bytes are still there."""
         self._policy = GuardedPolicy(policy, self.index.keys)
         self._admission = admission or Always(num_slots)
         self._arriving: dict[BlockKey, _Arrivals] = {}
@@ -189,8 +189,8 @@ class HostTier:
         self._spared.clear()
         if block is None:
             return False
-        if self.on_evict is not None:
-            self.on_evict(block)
+        for tell in self.on_evict:
+            tell(block)
         self._drop(block)
         self.evictions += 1
         return True

@@ -280,17 +280,27 @@ def test_what_the_disk_does_not_bring_in_time_is_late(tmp_path: Path) -> None:
     assert misses(keeper) == {"late": 8 * BLOCK}
 
 
-def test_what_the_disk_does_not_give_back_failed(tmp_path: Path) -> None:
-    keeper, asked = with_disk(tmp_path), request("again")
+@pytest.mark.parametrize("for_good", [False, True])
+def test_what_the_disk_does_not_give_back_failed(tmp_path: Path, for_good: bool) -> None:
+    keeper, asked = with_disk(tmp_path), request("again", tokens=4 * BLOCK + 1)
     keeper.arrived(asked)
     plan = keeper.offload.take_plan().disk
     assert plan is not None
     bad = {move.id: frozenset(np.arange(len(move.keys)).tolist()) for move in plan.reads}
-    keeper.offload.settle(
-        StepReport({}, disk=DiskReport(dict.fromkeys(bad, 1), failed=bad, lost=bad))
-    )
+    report = DiskReport(dict.fromkeys(bad, 1), failed=bad, lost=bad if for_good else {})
+    keeper.offload.settle(StepReport({}, disk=report))
     begin(keeper, asked)
-    assert misses(keeper) == {"failed": 8 * BLOCK}
+    assert misses(keeper) == {"failed": 4 * BLOCK}
+
+
+def test_what_left_the_host_before_it_was_written_is_evicted(tmp_path: Path) -> None:
+    keeper = with_disk(tmp_path, admission="always", eviction_policy="lru")
+    stored(keeper, 1)
+    stored(keeper, 2)
+    misses(keeper)
+    assert keeper.offload.counters.disk_missed_writes == 8
+    begin(keeper, request("again", 1))
+    assert misses(keeper) == {"evicted": 8 * BLOCK}
 
 
 def test_a_hit_on_disk_that_does_not_pay_stays_there(tmp_path: Path) -> None:

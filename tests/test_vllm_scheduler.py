@@ -328,6 +328,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             prompt = list(request.prompt_token_ids or ())
             assert list(request.all_token_ids) == continued(prompt, request.num_tokens)
 
+    @invariant()
+    def every_token_of_a_prompt_has_an_explanation(self) -> None:
+        for tracked in self.connector._scheduler._tracked.values():
+            told = tracked.explanation
+            if told is not None:
+                tokens = told.gpu_tokens + told.loaded_tokens + sum(told.missed_tokens.values())
+                assert tokens == (tracked.request.num_prompt_tokens - 1) // BLOCK * BLOCK
+
     def teardown(self) -> None:
         """Let everything end: nothing is left anywhere."""
         if not hasattr(self, "flying"):
@@ -488,6 +496,7 @@ def test_the_scheduler_loads_only_what_all_ranks_stored(
         caplog.set_level(logging.CRITICAL, name)
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=60))
     reached = ["loads", "stores", "evictions", "aborted RUNNING", "apart_loads"]
+    reached += ["missed_never_stored", "missed_evicted"]
     reached += ["lost_slots"] if late else ["discarded_stores"]
     reached += [] if loads_fail or late else ["aborted WAITING_FOR_REMOTE_KVS"]
     assert [what for what in reached if not seen[what]] == []
