@@ -21,13 +21,16 @@ INDEX := --torch-backend auto
 LEFT_OUT :=
 endif
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: .venv/ready
 	@$(BIN)/kvortex demo $(ARGS)
 
 test: lint
 	$(BIN)/pytest $(ARGS)
+
+soak: .venv/ready
+	SOAK_SECONDS=$(or $(SECONDS_TO_RUN),600) $(BIN)/pytest --timeout 0 -s tests/test_soak.py $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -54,13 +54,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("traces", nargs="*", type=Path)
     parser.add_argument("--commit", default="", help="commit under test")
+    parser.add_argument("--seed", type=int, default=0, help="of the synthetic ones")
     parser.add_argument("--out", type=Path, default=Path("bench/results/policies.csv"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         traces = {trace.stem: trace for trace in args.traces}
-        for name in WORKLOADS:
+        for workload in WORKLOADS:
+            name = f"{workload}-{args.seed}" if args.seed else workload
             traces[name] = Path(folder) / f"{name}.jsonl"
-            write(name, REQUESTS, traces[name])
+            write(workload, REQUESTS, traces[name], args.seed)
         for name, trace in traces.items():
             rows = compare(trace)
             print(f"\n{name}\n{table(rows)}\n{against_the_best(rows)}", flush=True)

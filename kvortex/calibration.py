@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Any
 from kvortex.core import Direction
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+SPEEDS = "GB/s"
+"""Under this name, among those of machines, the file has what they reached."""
 ZERO_COPY, STAGED, DMA = "zero-copy", "staged", "dma"
 LARGEST_PAGE_BYTES = 1 << 40
 MOST_PROGRAMS = 1024
@@ -83,8 +87,15 @@ def load_calibration(device: torch.device) -> Calibration:
     return Calibration(choices, str(path)) if choices else defaults()
 
 
-def save_calibration(device: torch.device, calibration: Calibration) -> Path:
+def save_calibration(
+    device: torch.device, calibration: Calibration, speeds: Mapping[Direction, float]
+) -> Path:
     """Add or replace this machine's choices in the user's cache folder; returns the file.
+
+    Args:
+        device: what was measured.
+        calibration: its choices.
+        speeds: GB/s of its link, for people; no choice depends on them.
 
     Raises:
         OSError: it cannot be written.
@@ -98,11 +109,32 @@ def save_calibration(device: torch.device, calibration: Calibration) -> Path:
         str(page): {direction.value: asdict(choice) for direction, choice in choices.items()}
         for page, choices in calibration.choices.items()
     }
+    told = machines.get(SPEEDS)
+    own = {machine_key(device): {way.value: speed for way, speed in speeds.items()}}
+    machines[SPEEDS] = own if not isinstance(told, dict) else told | own
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
     draft.write_text(json.dumps(machines, indent=1))
     draft.replace(path)
     return path
+
+
+def load_speeds() -> dict[Direction, float] | None:
+    """GB/s of the first GPU's link as `kvortex tune` measured them here; None if it did not.
+
+    Torch is imported only if there is something to look for.
+    """
+    try:
+        machines = json.loads(calibration_file().read_text())[SPEEDS]
+        import torch
+
+        if not torch.cuda.is_available():
+            return None
+        measured = machines[machine_key(torch.device("cuda", 0))]
+        speeds = {direction: float(measured[direction.value]) for direction in Direction}
+    except Exception:  # noqa: BLE001  (a file that anybody may have written, or none)
+        return None
+    return speeds if all(0 < speed < math.inf for speed in speeds.values()) else None
 
 
 def calibration_file() -> Path:

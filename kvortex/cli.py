@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex import __version__
+from kvortex.commands import doctor, plan, top
 from kvortex.config import KVortexConfig
 from kvortex.core import ConfigError, KVortexError, TransferError
 from kvortex.plugins import load_admission, load_policy, policy_names
@@ -83,20 +85,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     simulate.add_argument("--admission", default="always", help="default: %(default)s")
     simulate.add_argument(
-        "--prefill-tokens-per-s", type=float, help="adds the seconds of prefill that were saved"
+        "--prefill-tokens-per-s", type=_speed, help="adds the seconds of prefill that were saved"
     )
     simulate.add_argument("--json", action="store_true", help="one JSON object a line")
     simulate.add_argument("--plot", type=Path, metavar="PNG", help="draw hit rate against capacity")
     simulate.set_defaults(command=_simulate)
 
-    trace = commands.add_parser("trace", help="look into a trace of requests")
+    trace = commands.add_parser("trace", help="record a trace of requests, or look into one")
     about = trace.add_subparsers(required=True, metavar="COMMAND")
+    record = about.add_parser(
+        "record",
+        parents=[_settings_parser(without="trace_path")],
+        help="print the value of vLLM's --kv-transfer-config with which it records a trace",
+        epilog='vllm serve MODEL --kv-transfer-config "$(kvortex trace record trace.gz)"',
+    )
+    record.add_argument("trace_path", metavar="FILE", help="which the server writes; replaced")
+    record.set_defaults(command=_trace_record)
     info = about.add_parser("info", help="count what is in a trace")
     info.add_argument("trace", type=Path, help=TRACE_HELP)
     info.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     info.set_defaults(command=_trace_info)
 
     _add_disk_parsers(commands)
+    plan.add_parser(commands)
+    doctor.add_parser(commands)
 
     tune = commands.add_parser(
         "tune",
@@ -106,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
     tune.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     tune.set_defaults(command=_tune)
+
+    top.add_parser(commands)
     return parser
 
 
@@ -128,10 +142,12 @@ def _add_disk_parsers(commands: argparse._SubParsersAction[argparse.ArgumentPars
         parser.set_defaults(command=command)
 
 
-def _settings_parser(**defaults: float) -> argparse.ArgumentParser:
-    """One option for each setting; their values are checked by KVortexConfig."""
+def _settings_parser(without: str = "", **defaults: float) -> argparse.ArgumentParser:
+    """One option for each setting but one; their values are checked by KVortexConfig."""
     parser = argparse.ArgumentParser(add_help=False)
     for name, field in KVortexConfig.model_fields.items():
+        if name == without:
+            continue
         parser.add_argument(
             "--" + name.replace("_", "-"),
             default=defaults.get(name, field.default),
@@ -139,6 +155,12 @@ def _settings_parser(**defaults: float) -> argparse.ArgumentParser:
             help=f"{field.description} (default: %(default)s)",
         )
     return parser
+
+
+def _speed(text: str) -> float:
+    if not 0 < (speed := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no speed above 0")
+    return speed
 
 
 def _read_config(arguments: argparse.Namespace) -> KVortexConfig:
@@ -182,7 +204,7 @@ def _tune(arguments: argparse.Namespace) -> int:
             + (f"use 0 to {count - 1}" if count else "there is nothing to measure without one")
         )
     from kvortex.calibration import machine_key, save_calibration
-    from kvortex.tune import table, tune
+    from kvortex.tune import speeds, table, tune
 
     device = torch.device("cuda", arguments.device)
     with torch.cuda.device(device):
@@ -196,16 +218,19 @@ def _tune(arguments: argparse.Namespace) -> int:
     else:
         print(f"{machine_key(device)}\n{table(rows, calibration)}")
     try:
-        print(f"kept in {save_calibration(device, calibration)}", file=sys.stderr)
+        kept = save_calibration(device, calibration, speeds(rows))
+        print(f"kept in {kept}", file=sys.stderr)
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"the result cannot be kept ({error}); set XDG_CACHE_HOME") from None
     return 0
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
-    from kvortex.simulation import plot, simulate, table
+    from kvortex.simulation import plot, require_plot, simulate, table
     from kvortex.simulator import CLAIRVOYANT
 
+    if arguments.plot is not None:
+        require_plot(arguments.plot)
     outcomes = simulate(
         arguments.trace,
         arguments.policy or [*policy_names(), CLAIRVOYANT],
@@ -222,6 +247,12 @@ def _simulate(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         plot(outcomes, arguments.plot)
     return 0
+
+
+def _trace_record(arguments: argparse.Namespace) -> int:
+    """As `config`; the path is made absolute, as servers are not always started from here."""
+    arguments.trace_path = str(Path(arguments.trace_path).absolute())
+    return _config(arguments)
 
 
 def _trace_info(arguments: argparse.Namespace) -> int:

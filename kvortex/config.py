@@ -169,6 +169,22 @@ class KVortexConfig(BaseModel):
         }
 
 
+def slots_in_pool(config: KVortexConfig, slot_bytes: int, num_ranks: int = 1) -> int:
+    """How many slots each rank's share of the pool holds.
+
+    Raises:
+        ConfigError: not even one.
+    """
+    num_slots = config.ram_pool_bytes // num_ranks // slot_bytes
+    if num_slots < 1:
+        least = slot_bytes * num_ranks / GIB
+        raise ConfigError(
+            f"ram_pool_gb={config.ram_pool_gb:g}: one KV block takes {slot_bytes} bytes on each of "
+            f"{num_ranks} rank(s); use at least ram_pool_gb={least * 1.01:.3g}"
+        )
+    return num_slots
+
+
 def _one_line(error: ValidationError) -> str:
     """The first problem as `key=value: reason`, and what would do."""
     problem = error.errors()[0]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from kvortex.config import GIB
+from kvortex.config import slots_in_pool
 from kvortex.core import (
     MAX_KEY_BYTES,
     BlockNotFoundError,
@@ -31,22 +31,6 @@ if TYPE_CHECKING:
 
     from kvortex.config import KVortexConfig
     from kvortex.core import BlockIds, BlockKey, Job
-
-
-def slots_in_pool(config: KVortexConfig, slot_bytes: int, num_ranks: int = 1) -> int:
-    """How many slots each rank's share of the pool holds.
-
-    Raises:
-        ConfigError: not even one.
-    """
-    num_slots = config.ram_pool_bytes // num_ranks // slot_bytes
-    if num_slots < 1:
-        least = slot_bytes * num_ranks / GIB
-        raise ConfigError(
-            f"ram_pool_gb={config.ram_pool_gb:g}: one KV block takes {slot_bytes} bytes on each of "
-            f"{num_ranks} rank(s); use at least ram_pool_gb={least * 1.01:.3g}"
-        )
-    return num_slots
 
 
 class Transfer:
@@ -99,6 +83,11 @@ class KVortexEngine:
     """
 
     def __init__(self, config: KVortexConfig, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        if config.disk_path is not None:  # its keys name their bytes only until the next save
+            raise ConfigError(
+                f"disk_path={config.disk_path!r}: only the vLLM connector has a disk tier; leave "
+                "it and disk_pool_gb out for KVortexEngine"
+            )
         self._layout = make_layout(kv_caches)
         num_slots = slots_in_pool(config, self._layout.slot_bytes)
         policy = load_policy(config.eviction_policy, num_slots)

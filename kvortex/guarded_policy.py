@@ -23,6 +23,8 @@ class GuardedPolicy(EvictionPolicy):
 
     def __init__(self, policy: EvictionPolicy, resident: Collection[bytes]) -> None:
         super().__init__(getattr(policy, "capacity", 0))
+        self.replaced: str | None = None
+        """Why it was, if it was."""
         self._policy = policy
         self._resident = resident
         self._leaving: bytes | None = None
@@ -32,7 +34,7 @@ class GuardedPolicy(EvictionPolicy):
         try:
             self._policy.expect(key)
         except Exception as error:  # noqa: BLE001
-            self._replace(repr(error))
+            self._replace(repr(error), error)
 
     def insert(self, key: bytes) -> None:
         """`key` is in the map already."""
@@ -40,22 +42,23 @@ class GuardedPolicy(EvictionPolicy):
         try:
             self._policy.insert(key)
         except Exception as error:  # noqa: BLE001
-            self._replace(repr(error))
+            self._replace(repr(error), error)
 
     def hit(self, key: bytes) -> None:
         try:
             self._policy.hit(key)
         except Exception as error:  # noqa: BLE001
-            self._replace(repr(error))
+            self._replace(repr(error), error)
 
     def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:
         try:
             victim = self._policy.evict(pinned)
             wrong = self._what_is_wrong(victim, pinned)
+            if wrong is not None:
+                self._replace(f"evict {wrong}")
+                victim = self._policy.evict(pinned)
         except Exception as error:  # noqa: BLE001
-            victim, wrong = None, repr(error)
-        if wrong is not None:
-            self._replace(f"evict {wrong}")
+            self._replace(repr(error), error)
             victim = self._policy.evict(pinned)
         self._leaving = victim
         return victim
@@ -65,7 +68,7 @@ class GuardedPolicy(EvictionPolicy):
         try:
             self._policy.remove(key)
         except Exception as error:  # noqa: BLE001
-            self._replace(repr(error))
+            self._replace(repr(error), error)
             self._policy.remove(key)
 
     def _what_is_wrong(self, victim: object, pinned: Callable[[bytes], bool]) -> str | None:
@@ -76,9 +79,16 @@ class GuardedPolicy(EvictionPolicy):
             return f"returned {victim!r}, which is not resident"
         return f"returned {victim.hex()}, which is pinned" if pinned(victim) else None
 
-    def _replace(self, reason: str) -> None:
+    def _replace(self, reason: str, error: Exception | None = None) -> None:
         name = type(self._policy).__qualname__
-        logger.error("Eviction policy %s is replaced by LRU: %s.", name, reason)
+        logger.error(
+            "Eviction policy %s is replaced by LRU in a tier of %d blocks: %s.",
+            name,
+            self.capacity,
+            reason,
+            exc_info=error,
+        )
+        self.replaced = reason
         self._policy = LRU(self.capacity)
         for key in self._resident:
             if key != self._leaving:

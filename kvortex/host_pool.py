@@ -172,11 +172,16 @@ def slots_of_a_piece(slot_bytes: int) -> int:
 def free_memory_bytes() -> int:
     """RAM this process may still take: the machine's or its control group's, whichever is less."""
     available = _meminfo("MemAvailable")
-    limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
+    limit, used = cgroup_limit_bytes(), _cgroup_number("memory.current")
     if limit is None or used is None:
         return available
     reclaimable = _cgroup_stat("inactive_file")
     return min(available, limit - used + reclaimable)
+
+
+def cgroup_limit_bytes() -> int | None:
+    """What this process's control group (version 2) may take, None if unlimited or unknown."""
+    return _cgroup_number("memory.max")
 
 
 def require_free_memory(ram_pool_gb: float, size: int, free: int | None = None) -> None:

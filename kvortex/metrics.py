@@ -3,6 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+MISSED = "missed_"
+"""Begins the name of each counter of misses; the reason follows."""
+
+
+class MissReason(StrEnum):
+    """Why tokens of a prompt were computed, by the first block that could not be had."""
+
+    NEVER_STORED = "never_stored"
+    """Nobody asked for them before, or so long ago that it is forgotten."""
+    NOT_ADMITTED = "not_admitted"
+    """The admission filter did not expect this use."""
+    NO_SLOT = "no_slot"
+    """Every slot was in use by a transfer when they were to be stored."""
+    EVICTED = "evicted"
+    IN_FLIGHT = "in_flight"
+    """Their store had not ended."""
+    LATE = "late"
+    """They are on disk, and were not in the host in time or found no room there."""
+    FAILED = "failed"
+    """A store, a load or a read from disk failed."""
+    NOT_WORTH_LOADING = "not_worth_loading"
+    """It was faster to compute them."""
+    LIMIT = "limit"
+    """The request asked that they be computed."""
 
 
 @dataclass(slots=True)
@@ -59,6 +85,21 @@ class Counters:
     """Blocks that left the host before their turn to be written."""
     disk_hit_tokens: int = 0
     """Of `hit_tokens`, those that were fetched from disk."""
+    missed_never_stored: int = 0
+    """Like all that follow, tokens in whole blocks of a prompt that were computed (MissReason)."""
+    missed_not_admitted: int = 0
+    missed_no_slot: int = 0
+    missed_evicted: int = 0
+    missed_in_flight: int = 0
+    missed_late: int = 0
+    missed_failed: int = 0
+    missed_not_worth_loading: int = 0
+    missed_limit: int = 0
+
+    def miss(self, reason: MissReason, tokens: int) -> None:
+        """Count tokens that were computed."""
+        name = MISSED + reason
+        setattr(self, name, getattr(self, name) + tokens)
 
     def as_dict(self) -> dict[str, int | float]:
         """Name to number; `asdict` would take twenty times as long, twice a step."""

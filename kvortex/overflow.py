@@ -17,7 +17,7 @@ from kvortex.core import DiskMove, DiskPlan, DiskReport
 from kvortex.policies import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Sequence
+    from collections.abc import Callable, Container, Iterable, Sequence
 
     from kvortex.block import Block
     from kvortex.core import BlockKey
@@ -110,6 +110,8 @@ class Overflow:
         self._read_bytes_per_s: float | None = None
         self.known = False
         """Whether the workers have told what is on their disks from a former life."""
+        self.on_bad_read: Callable[[Block], None] | None = None
+        """Told of each block that the disk did not give back."""
         self._host = host
         self._counters = counters
         self._num_ranks = num_ranks
@@ -400,7 +402,11 @@ class Overflow:
         good, bad = _parted(flight.in_host, everything if flight.discard else flight.failed)
         self._host.abort(bad)
         self._host.commit(good)
-        self.disk.forget(flight.on_disk[position] for position in flight.lost)
+        lost = [flight.on_disk[position] for position in flight.lost]
+        self.disk.forget(lost)
+        if self.on_bad_read is not None:
+            for block in lost:
+                self.on_bad_read(block)
         self._counters.disk_failed_reads += 0 if flight.discard else len(bad)
         self._counters.disk_read_blocks += len(good)
         self._counters.disk_read_bytes += len(good) * self._block_bytes

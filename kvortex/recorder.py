@@ -6,8 +6,9 @@ import gzip
 import json
 import logging
 import secrets
+import time
 from hashlib import blake2b
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Self
 
@@ -27,8 +28,8 @@ MOST_BYTES = 1 << 30
 """Of the compressed file."""
 WAITING = 4096
 """Requests that may wait for the writer; more are left out and counted."""
-FLUSH_EVERY = 256
-"""Requests, after which what was written can be read even if the process is killed."""
+FLUSH_EVERY, FLUSH_S = 256, 1.0
+"""After so many requests, or seconds, what was written can be read: vLLM kills its processes."""
 
 Row = tuple[str, tuple["BlockKey", ...], dict[str, int], int, float]
 
@@ -110,6 +111,7 @@ class Recorder:
         try:
             with self._raw, self._file:
                 self._put(header)
+                self._file.flush()
                 self._write_rows()
         except OSError as error:
             logger.warning("The trace ends here: %s.", error)
@@ -118,15 +120,23 @@ class Recorder:
 
     def _write_rows(self) -> None:
         """Until the end is asked for, or the file has its size."""
-        count = 0
-        while (row := self._rows.get()) is not None:
-            self._put(self._line(*row))
-            count += 1
-            if count % FLUSH_EVERY == 0:
-                self._file.flush()
-                if self._raw.tell() >= self._most_bytes:
-                    logger.warning("The trace ends here: it has %d bytes.", self._most_bytes)
+        unflushed, flushed_at = 0, time.monotonic()
+        while True:
+            try:
+                row = self._rows.get(timeout=FLUSH_S if unflushed else None)
+                if row is None:
                     return
+                self._put(self._line(*row))
+                unflushed += 1
+            except Empty:
+                pass
+            if unflushed < FLUSH_EVERY and time.monotonic() - flushed_at < FLUSH_S:
+                continue
+            self._file.flush()
+            unflushed, flushed_at = 0, time.monotonic()
+            if self._raw.tell() >= self._most_bytes:
+                logger.warning("The trace ends here: it has %d bytes.", self._most_bytes)
+                return
 
     def _line(
         self,

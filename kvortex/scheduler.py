@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvortex.absences import Absences
 from kvortex.core import Direction, Job, StepPlan, StepReport
-from kvortex.metrics import Counters
+from kvortex.metrics import Counters, MissReason
 from kvortex.overflow import Overflow
 
 if TYPE_CHECKING:
@@ -58,10 +59,14 @@ class OffloadScheduler:
         self._block_bytes = slot_bytes * num_ranks
         self.counters = Counters()
         self.overflow: Overflow | None = None
+        self._absences = Absences(tier.index.num_slots + (disk.index.num_slots if disk else 0))
+        tier.on_evict = self._note_evicted
         if disk is not None:
             self.overflow = Overflow(
                 tier, disk, self.counters, num_ranks, self._block_bytes, disk_write_bytes_per_s
             )
+            self.overflow.on_bad_read = self._note_failed
+            disk.on_evict = self._note_evicted
         self._num_ranks = num_ranks
         self._flights: dict[int, Flight] = {}
         self._new: dict[Direction, list[Job]] = {Direction.STORE: [], Direction.LOAD: []}
@@ -87,10 +92,19 @@ class OffloadScheduler:
     def admits(self, key: BlockKey, place: Place) -> bool:
         """Whether a block that it `wants` is worth a slot; to be asked once for each request."""
         admitted = self.tier.admits(key, place)
-        self.counters.not_admitted += not admitted
-        if admitted and self.overflow is not None:
+        if not admitted:
+            self.counters.not_admitted += 1
+            self._absences.note(key, MissReason.NOT_ADMITTED)
+        elif self.overflow is not None:
             self.overflow.consider(key, place)
         return admitted
+
+    def why_missing(self, key: BlockKey) -> MissReason:
+        """Of a key that the host cannot serve."""
+        overflow = self.overflow
+        if overflow is not None and (not overflow.known or overflow.disk.lookup(key) is not None):
+            return MissReason.LATE
+        return MissReason.IN_FLIGHT if self.tier.is_arriving(key) else self._absences.why(key)
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Count a use of the blocks of a request, wherever they are."""
@@ -114,6 +128,8 @@ class OffloadScheduler:
         self.counters.refused_stores += len(keys) - len(blocks)
         if self.overflow is not None:
             self.overflow.miss(keys[len(blocks) :])
+        for key in keys[len(blocks) :]:
+            self._absences.note(key, MissReason.NO_SLOT)
         return self._plan(Direction.STORE, blocks, block_ids[: len(blocks)]) if blocks else None
 
     def load(
@@ -196,6 +212,7 @@ class OffloadScheduler:
         """Forget every block, also those that are only arriving."""
         self.discard_stores()
         self.tier.clear()
+        self._absences.clear()
         if self.overflow is not None:
             self.overflow.reset()
 
@@ -246,6 +263,8 @@ class OffloadScheduler:
             return
         self.counters.failed_loads += len(flight.blocks)
         self.tier.forget(flight.blocks)
+        for block in flight.blocks:
+            self._note_failed(block)
         self._log_once("A load failed; its tokens are computed again and its blocks forgotten.")
 
     def _end_store(self, flight: Flight) -> None:
@@ -260,9 +279,17 @@ class OffloadScheduler:
             self.overflow.miss(block.key for block in flight.blocks)
         if flight.failed:
             self.counters.failed_stores += len(flight.blocks)
+            for block in flight.blocks:
+                self._note_failed(block)
             self._log_once("A store failed; its blocks are not kept.")
         else:
             self.counters.discarded_stores += len(flight.blocks)
+
+    def _note_evicted(self, block: Block) -> None:
+        self._absences.note(block.key, MissReason.EVICTED)
+
+    def _note_failed(self, block: Block) -> None:
+        self._absences.note(block.key, MissReason.FAILED)
 
     def _log_once(self, message: str) -> None:
         if message not in self._logged:

@@ -108,6 +108,11 @@ class Server:
     ) -> None:
         self._stop()
 
+    @property
+    def url(self) -> str:
+        """Of the API, without a path."""
+        return str(self._client.base_url).rstrip("/")
+
     def complete(self, prompt: Sequence[int], max_tokens: int) -> Answer:
         """Greedy completion of exactly `max_tokens` tokens, streamed.
 

@@ -7,14 +7,14 @@ from collections import defaultdict, deque
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from kvortex.core import ConfigError
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
 from kvortex.tiers import HostTier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from kvortex.block import Block
     from kvortex.core import BlockKey
     from kvortex.trace import Request, Trace
 
@@ -58,7 +58,10 @@ def replay(
         policy: a registered name, or CLAIRVOYANT; of both tiers.
         capacity: of the host pool, in blocks.
         admission: name of a filter, which stands before both tiers.
-        disk_blocks: of a second tier, which gets what the first evicts.
+        disk_blocks: of a second tier.
+
+    Raises:
+        ConfigError: the policy raises, or breaks its word.
     """
     bound = policy == CLAIRVOYANT
     pool: _Clairvoyant | _Tiers
@@ -76,6 +79,8 @@ def replay(
         hit_blocks += hits
         tokens += request.tokens
         hit_tokens += min(hits * trace.block_tokens, request.tokens)
+    if pool.policy_error is not None:
+        raise ConfigError(f"policy {policy!r} fails, LRU would serve instead: {pool.policy_error}")
     return Outcome(
         policy=policy,
         admission="" if bound else admission,
@@ -92,55 +97,59 @@ def replay(
 
 
 class _Tiers:
-    """The connector's own tier with one policy, and behind it a second one for what it evicts.
+    """The connector's own tier with one policy, and one on disk by the rules of `Overflow`.
 
-    What is read from disk enters the host again and stays on disk as well.
+    Blocks are written to disk as they come to the host, or are used there, if admission wants them;
+    what is read from disk enters the host again and stays on disk as well.
     """
 
     def __init__(self, policy: str, capacity: int, admission: str, disk_blocks: int) -> None:
         self.written = self.disk_written = 0
-        self._places: dict[BlockKey, Place] = {}
-        """Of blocks in the host, for the admission to the disk."""
+        self._host = self._tier(policy, capacity, admission)
         self._disk = self._tier(policy, disk_blocks, admission) if disk_blocks else None
-        self._host = self._tier(policy, capacity, admission, self._demote)
 
     def __contains__(self, key: BlockKey) -> bool:
         return self._host.lookup(key) is not None or self._on_disk(key)
+
+    @property
+    def policy_error(self) -> str | None:
+        """Why the policy was given up, if it was."""
+        on_disk = self._disk.policy_error if self._disk is not None else None
+        return self._host.policy_error or on_disk
 
     def only_on_disk(self, keys: Sequence[BlockKey]) -> int:
         """How many of these are not in the host."""
         return sum(self._host.lookup(key) is None for key in keys) if self._disk else 0
 
     def use(self, keys: Sequence[BlockKey]) -> None:
-        host, length = self._host, len(keys)
+        length = len(keys)
         for position in range(length - 1, -1, -1):
             key, place = keys[position], Place(position, length)
-            if host.lookup(key) is not None:
-                host.touch((key,))
+            parent = keys[position - 1] if position else None
+            if self._host.lookup(key) is not None:
+                self._host.touch((key,))
+            elif self._host.admits(key, place) or self._on_disk(key):
+                self.written += _store(self._host, key, parent)
+            else:
                 continue
-            if self._disk is not None and self._on_disk(key):
-                self._disk.touch((key,))
-            if host.admits(key, place) or self._on_disk(key):
-                self.written += _store(host, key, keys[position - 1] if position else None)
-                if self._disk is not None:
-                    self._places[key] = place
+            if self._disk is not None:
+                self._overflow(self._disk, key, place, parent)
+
+    def _overflow(
+        self, disk: HostTier, key: BlockKey, place: Place, parent: BlockKey | None
+    ) -> None:
+        if self._on_disk(key):
+            disk.touch((key,))
+        elif disk.admits(key, place):
+            self.disk_written += _store(disk, key, parent)
 
     def _on_disk(self, key: BlockKey) -> bool:
         return self._disk is not None and self._disk.lookup(key) is not None
 
-    def _demote(self, block: Block) -> None:
-        place = self._places.pop(block.key, None)
-        if self._disk is None or place is None or self._on_disk(block.key):
-            return
-        if self._disk.admits(block.key, place):
-            self.disk_written += _store(self._disk, block.key, block.parent)
-
     @staticmethod
-    def _tier(
-        policy: str, capacity: int, admission: str, on_evict: Callable[[Block], None] | None = None
-    ) -> HostTier:
+    def _tier(policy: str, capacity: int, admission: str) -> HostTier:
         filters = load_admission(admission, capacity)
-        return HostTier(capacity, load_policy(policy, capacity), filters, on_evict)
+        return HostTier(capacity, load_policy(policy, capacity), filters)
 
 
 def _store(tier: HostTier, key: BlockKey, parent: BlockKey | None) -> int:
@@ -154,6 +163,8 @@ class _Clairvoyant:
 
     Source: Belady, "A study of replacement algorithms for a virtual-storage computer", 1966.
     """
+
+    policy_error: str | None = None
 
     def __init__(self, requests: Sequence[Request], capacity: int) -> None:
         self.written = self.disk_written = 0

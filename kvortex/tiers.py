@@ -41,14 +41,13 @@ class HostTier:
         num_slots: int,
         policy: EvictionPolicy,
         admission: AdmissionFilter | None = None,
-        on_evict: Callable[[Block], None] | None = None,
     ) -> None:
-        """`on_evict` is told of each victim while its bytes are still there."""
         self.index = Index(num_slots)
         self.evictions = 0
+        self.on_evict: Callable[[Block], None] | None = None
+        """Told of each victim while its bytes are still there."""
         self._policy = GuardedPolicy(policy, self.index.keys)
         self._admission = admission or Always(num_slots)
-        self.on_evict = on_evict
         self._arriving: dict[BlockKey, _Arrivals] = {}
         self._path: list[Block] = []
         """From the victim that the policy named last down to the block that leaves next."""
@@ -56,6 +55,11 @@ class HostTier:
         """Blocks that had no prefix when they came, or lost it; looked at again before use."""
         self._spared: dict[BlockKey, None] = {}
         """Victims that cannot leave because a transfer reads what continues them."""
+
+    @property
+    def policy_error(self) -> str | None:
+        """Why LRU took the policy's place, if it did."""
+        return self._policy.replaced
 
     def lookup(self, key: BlockKey) -> Block | None:
         """The readable block of a key; does not count as a use."""

@@ -245,6 +245,18 @@ def _border(small: Measured, large: Measured, block_bytes: int, *, busy: bool) -
     return size
 
 
+def speeds(rows: list[Measured]) -> dict[Direction, float]:
+    """GB/s each way by the fastest mover, for the page size in the middle."""
+    found = {}
+    for way in Direction:
+        best: dict[int, float] = {}
+        for row in rows:
+            if row.direction is way:
+                best[row.page_bytes] = max(row.gb_s, best.get(row.page_bytes, 0.0))
+        found[way] = statistics.median(best.values())
+    return found
+
+
 def table(rows: list[Measured], calibration: Calibration) -> str:
     """For a person's eyes."""
     lines = [

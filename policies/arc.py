@@ -57,7 +57,7 @@ class ARC(EvictionPolicy):
     def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:
         once, often = (self._once, self._once_ghosts), (self._often, self._often_ghosts)
         over = len(self._once) > self._target or (
-            self._expected in self._often_ghosts and len(self._once) == int(self._target)
+            self._expected in self._often_ghosts and len(self._once) == self._target
         )
         for keys, ghosts in (once, often) if self._once and over else (often, once):
             victim = next((key for key in keys if not pinned(key)), None)

@@ -34,24 +34,24 @@ class LRUFreq(EvictionPolicy):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self._ranks: list[OrderedDict[bytes, int]] = [OrderedDict() for _ in range(RANKS)]
-        """Key to its uses, and above their eight bits the access at which it loses its rank."""
+        """Key to its uses, and above their eight bits the access at which it entered the rank."""
+        self._oldest = 0
+        """No key above the lowest rank entered its rank before this access."""
         self._left = Ghosts(GHOSTS * capacity)
         self._reuse = ReuseDistance(capacity)
 
     def insert(self, key: bytes) -> None:
-        self._reuse.access(key)
-        self._put(key, self._left.pop(key) or 0)
+        self._use(key, self._left.pop(key) or 0)
 
     def hit(self, key: bytes) -> None:
-        self._reuse.access(key)
-        self._put(key, self._take(key))
+        self._use(key, self._take(key))
 
     def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:
         for rank in self._ranks:
-            victim = next((key for key in rank if not pinned(key)), None)
-            if victim is not None:
-                self._left.put(victim, rank.pop(victim) & MOST_USES)
-                return victim
+            for key in rank:
+                if not pinned(key):
+                    self._left.put(key, rank.pop(key) & MOST_USES)
+                    return key
         return None
 
     def remove(self, key: bytes) -> None:
@@ -64,15 +64,22 @@ class LRUFreq(EvictionPolicy):
                 return rank.pop(key) & MOST_USES
         raise KeyError(key)
 
-    def _put(self, key: bytes, uses_before: int) -> None:
-        uses = min(MOST_USES, uses_before + 1)
-        self._enter(key, uses.bit_length() - 1, uses)
+    def _use(self, key: bytes, uses_before: int) -> None:
+        reuse = self._reuse
+        reuse.access(key)
+        uses = uses_before + 1 if uses_before < MOST_USES else MOST_USES
+        self._ranks[uses.bit_length() - 1][key] = reuse.now << 8 | uses
+        if self._oldest + reuse.typical < reuse.now:
+            self._step_down()
+
+    def _step_down(self) -> None:
+        """At most one key of each rank, the one that is there for longest."""
+        now, self._oldest = self._reuse.now, self._reuse.now
         for number in range(1, RANKS):
             rank = self._ranks[number]
-            oldest = next(iter(rank), None)
-            if oldest is not None and rank[oldest] >> 8 < self._reuse.now:
-                self._enter(oldest, number - 1, rank.pop(oldest) & MOST_USES)
-
-    def _enter(self, key: bytes, rank: int, uses: int) -> None:
-        due = int(self._reuse.now + self._reuse.typical)
-        self._ranks[rank][key] = due << 8 | uses
+            for key in rank:
+                since = rank[key] >> 8
+                self._oldest = min(self._oldest, since)
+                if since + self._reuse.typical < now:
+                    self._ranks[number - 1][key] = now << 8 | rank.pop(key) & MOST_USES
+                break

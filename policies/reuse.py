@@ -7,9 +7,9 @@ from math import log2
 from zlib import crc32
 
 SAMPLE = 16
-"""One key of so many is watched."""
-LEAST_WATCHED = 4096
-"""Keys, however small the pool."""
+"""One key of so many is watched; of larger pools fewer, in proportion."""
+LEAST_WATCHED, MOST_WATCHED = 1 << 12, 1 << 15
+"""Keys, however small or large the pool."""
 STEPS = 4
 """Histogram bins for each doubling of the distance."""
 BINS = 40 * STEPS
@@ -33,20 +33,23 @@ class ReuseDistance:
         self.now = 0
         """Accesses so far."""
         self.typical = float(capacity)
-        self._most = max(LEAST_WATCHED, capacity)
-        self._last: OrderedDict[bytes, int] = OrderedDict()
+        self._most = min(MOST_WATCHED, max(LEAST_WATCHED, capacity))
+        self._sample = SAMPLE * max(1, capacity // MOST_WATCHED)
+        self._last: OrderedDict[int, int] = OrderedDict()
+        """A key's checksum to when it was asked for."""
         self._returns = [0.0] * BINS
         self._count = 0
 
     def access(self, key: bytes) -> None:
         """A request asked for the key."""
         self.now += 1
-        if crc32(key) % SAMPLE:
+        checksum = crc32(key)
+        if checksum % self._sample:
             return
-        last = self._last.pop(key, None)
+        last = self._last.pop(checksum, None)
         if last:
             self._learn(self.now - last)
-        self._last[key] = self.now if last is None else RETURNED
+        self._last[checksum] = self.now if last is None else RETURNED
         if len(self._last) > self._most:
             self._last.popitem(last=False)
 

@@ -27,6 +27,7 @@ class Sieve(EvictionPolicy):
         """Key to whether it was used since the hand was there."""
 
     def insert(self, key: bytes) -> None:
+        self._go_round()
         self._ahead[key] = False
 
     def hit(self, key: bytes) -> None:
@@ -34,8 +35,7 @@ class Sieve(EvictionPolicy):
 
     def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:
         for _ in range(2 * (len(self._ahead) + len(self._passed))):
-            if not self._ahead:
-                self._ahead, self._passed = self._passed, self._ahead
+            self._go_round()
             key, used = self._ahead.popitem(last=False)
             if not used and not pinned(key):
                 return key
@@ -44,3 +44,8 @@ class Sieve(EvictionPolicy):
 
     def remove(self, key: bytes) -> None:
         del (self._ahead if key in self._ahead else self._passed)[key]
+
+    def _go_round(self) -> None:
+        """A hand that has passed the newest key begins at the oldest, whatever comes next."""
+        if not self._ahead:
+            self._ahead, self._passed = self._passed, self._ahead

@@ -56,7 +56,9 @@ def opened(
     **options: Any,
 ) -> Iterator[tuple[DiskStore, HostPool]]:
     """A store and the pool that it serves, of as many slots."""
-    how = DiskOptions(**{"readers": 2, "writers": 2, "read_deadline_s": 10.0} | options)
+    how = DiskOptions(
+        **{"readers": 2, "writers": 2, "read_deadline_s": 10.0, "most_parts": 4} | options
+    )
     with (
         HostPool(num_slots, slot_bytes, pinned=False) as pool,
         DiskStore(path, namespace, rank, num_slots, pool, how, open_file) as store,

@@ -89,7 +89,7 @@ class ARCModel(Model):
     def evict(self, pinned: Set[bytes]) -> bytes | None:
         t1 = len(self.keys("t1"))
         returns = self.wanted is not None and self.part.get(self.wanted) == "b2"
-        first = t1 and (t1 > self.p or (returns and t1 == int(self.p)))
+        first = t1 and (t1 > self.p or (returns and t1 == self.p))
         for part in ("t1", "t2") if first else ("t2", "t1"):
             victim = self.oldest(part, pinned)
             if victim is not None:
@@ -232,11 +232,11 @@ class LRUFreqModel(Model):
         self.reuse = ReuseDistance(capacity)
         self.ghosts = Ghosts(2 * capacity)
         self.uses: dict[bytes, int] = {}
-        self.due: dict[bytes, float] = {}
+        self.entered: dict[bytes, int] = {}
 
     def enter(self, key: bytes, rank: int) -> None:
         self.put(key, str(rank))
-        self.due[key] = int(self.reuse.now + self.reuse.typical)
+        self.entered[key] = self.reuse.now
 
     def insert(self, key: bytes) -> None:
         self.uses[key] = self.ghosts.pop(key) or 0
@@ -248,7 +248,7 @@ class LRUFreqModel(Model):
         self.enter(key, min(7, self.uses[key].bit_length() - 1))
         for rank in range(1, 8):
             oldest = self.oldest(str(rank))
-            if oldest is not None and self.due[oldest] < self.reuse.now:
+            if oldest is not None and self.entered[oldest] + self.reuse.typical < self.reuse.now:
                 self.enter(oldest, rank - 1)
 
     def evict(self, pinned: Set[bytes]) -> bytes | None:

@@ -18,6 +18,7 @@ from kvortex.calibration import (
     calibration_file,
     defaults,
     load_calibration,
+    load_speeds,
     save_calibration,
 )
 from kvortex.core import Direction
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GPU = torch.device("cuda", 0)
+SPEEDS = {Direction.STORE: 52.5, Direction.LOAD: 51.25}
 MINE = Choice(ZERO_COPY, STAGED, from_bytes=1 << 25, busy_from_bytes=1 << 23, programs=4)
 
 
@@ -54,17 +56,17 @@ def test_the_border_depends_on_the_other_direction(nbytes: int, busy: bool, move
 
 
 def test_what_was_kept_is_found_again() -> None:
-    path = save_calibration(GPU, measured(4096, 65536))
+    path = save_calibration(GPU, measured(4096, 65536), SPEEDS)
     found = load_calibration(GPU)
     assert found.choices == measured(4096, 65536).choices
     assert found.origin == str(path)
 
 
 def test_another_machine_finds_the_defaults_and_keeps_the_first() -> None:
-    save_calibration(GPU, measured(4096))
+    save_calibration(GPU, measured(4096), SPEEDS)
     other = torch.device("cuda", 1)
     assert load_calibration(other) == defaults()
-    save_calibration(other, measured(8192))
+    save_calibration(other, measured(8192), SPEEDS)
     assert load_calibration(GPU).choices == measured(4096).choices
 
 
@@ -105,7 +107,7 @@ def test_a_file_that_cannot_be_read_is_named_and_ignored(
     with caplog.at_level(logging.WARNING):
         assert load_calibration(GPU) == defaults()
     assert len(caplog.records) <= 1
-    save_calibration(GPU, measured(4096))
+    save_calibration(GPU, measured(4096), SPEEDS)
     assert load_calibration(GPU).choices == measured(4096).choices
 
 
@@ -123,7 +125,7 @@ def test_a_file_that_cannot_be_read_is_named_and_ignored(
     ],
 )
 def test_values_that_no_tune_writes_are_not_used(name: str, value: object) -> None:
-    path = save_calibration(GPU, measured(4096))
+    path = save_calibration(GPU, measured(4096), SPEEDS)
     stored = json.loads(path.read_text())
     stored["gpu 0"]["4096"]["load"][name] = value
     path.write_text(json.dumps(stored))
@@ -132,7 +134,7 @@ def test_values_that_no_tune_writes_are_not_used(name: str, value: object) -> No
 
 @pytest.mark.parametrize("page", ["0", "-4", "9" * 400])
 def test_page_sizes_that_cannot_be_are_not_used(page: str) -> None:
-    path = save_calibration(GPU, measured(4096))
+    path = save_calibration(GPU, measured(4096), SPEEDS)
     path.write_text(path.read_text().replace('"4096"', f'"{page}"'))
     assert load_calibration(GPU) == defaults()
 
@@ -150,3 +152,21 @@ def test_a_user_without_a_home_gets_the_defaults(monkeypatch: pytest.MonkeyPatch
 def test_defaults_stage_pages_of_any_size(page: int) -> None:
     chosen = defaults().for_page(page)
     assert {choice.large for choice in chosen.values()} == {STAGED}
+
+
+def test_speeds_are_kept_beside_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    save_calibration(torch.device("cuda", 1), measured(4096), dict.fromkeys(Direction, 9.0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert load_speeds() is None
+    save_calibration(GPU, measured(4096), SPEEDS)
+    assert load_speeds() == SPEEDS
+    assert load_calibration(GPU).choices == measured(4096).choices
+
+
+@pytest.mark.parametrize("kept", ["", "[]", '{"GB/s": 1}', '{"GB/s": {"gpu 0": {"load": -1}}}'])
+def test_speeds_that_cannot_be_read_are_none(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    path = calibration_file()
+    path.parent.mkdir(parents=True)
+    path.write_text(kept)
+    assert load_speeds() is None

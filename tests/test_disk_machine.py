@@ -56,6 +56,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     def open(self) -> None:
         self.opened = ExitStack()
+        self.outlives = True
         self.store, self.pool = self.opened.enter_context(
             opened(self.folder, NUM_SLOTS, open_file=self.faults.open_file)
         )
@@ -125,6 +126,14 @@ class DiskMachine(RuleBasedStateMachine):
         self.store.clear()
         self.forget(set(range(NUM_SLOTS)))
 
+    @rule()
+    def renounce(self) -> None:
+        """What is written from now on may not survive."""
+        self.store.renounce()
+        self.store.clear()
+        self.forget(set(range(NUM_SLOTS)))
+        self.outlives = False
+
     def forget(self, forgotten: set[int]) -> None:
         """They hold nothing from now on; where the drive works, also after a restart."""
         for slot in forgotten:
@@ -162,6 +171,8 @@ class DiskMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         self.opened.close()
         self.faults.error = None
+        if not self.outlives:
+            self.sure.clear()
         self.open()
 
     @rule(seed=st.integers(0, 1 << 16))

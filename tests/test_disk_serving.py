@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import errno
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from disks import Faults
 from engines import answers, counters, prompts, running, whole_blocks
 
 from kvortex import KVortexConfig
+from kvortex.disk import DiskStore
 from kvortex.tiny_model import make_tiny_model
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
@@ -73,3 +79,71 @@ def test_what_left_the_host_comes_back_from_disk_and_is_there_after_a_restart(
         second = settled(llm)
         assert second["disk_survivors"] > 2 * FEW_BLOCKS
         assert second["disk_hit_tokens"] == cached[0]
+
+
+def test_a_drive_that_fails_costs_hits_only(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails, corrupts, is slow and mends, while conversations return."""
+    faults, asked = Faults(), prompts(LENGTHS)
+    faulty = functools.partial(DiskStore, open_file=faults.open_file)
+    monkeypatch.setattr("kvortex.connector.worker_side.DiskStore", faulty)
+    with running(model, None) as llm:
+        right = answers(llm, asked)[0]
+    settings = with_disk(tmp_path, disk_read_deadline_ms=300)
+    with running(model, None, **settings) as llm:
+        for way in ("works", "fails", "works", "is slow", "corrupts", "works"):
+            faults.error = errno.EIO if way == "fails" else None
+            faults.delay = 0.02 if way == "is slow" else 0.0
+            if way == "corrupts":
+                flip_bytes(tmp_path)
+            assert [answers(llm, [one])[0][0] for one in asked] == right
+        counted = counters(llm)
+        assert counted["disk_failed_reads"] > 0
+        assert counted["disk_read_blocks"] > 0
+        assert counted["failed_loads"] == 0
+
+
+def test_a_killed_server_leaves_what_the_next_one_serves(model: str, tmp_path: Path) -> None:
+    asked = prompts(LENGTHS)
+    killed = subprocess.run(
+        [sys.executable, "-c", FIRST_LIFE, model, str(tmp_path)],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    with running(model, None) as llm:
+        right = answers(llm, asked[:1])[0]
+    with running(model, None, **with_disk(tmp_path)) as llm:
+        outputs, cached = answers(llm, asked[:1])
+        assert outputs == right
+        assert cached == whole_blocks(LENGTHS[:1])
+        assert counters(llm)["disk_hit_tokens"] == cached[0]
+
+
+FIRST_LIFE = """
+import os, signal, sys
+from pathlib import Path
+from engines import answers, prompts, running
+from test_disk_serving import LENGTHS, settled, with_disk
+
+with running(sys.argv[1], None, **with_disk(Path(sys.argv[2]))) as llm:
+    first, second = prompts(LENGTHS)[:2]
+    answers(llm, [first])
+    settled(llm)
+    answers(llm, [second])
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def flip_bytes(folder: Path) -> None:
+    """One of every block on the disk."""
+    (slots,) = folder.glob("*/rank-0/slots")
+    with slots.open("r+b") as file:
+        for place in range(100, slots.stat().st_size, 32 << 10):
+            file.seek(place)
+            byte = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte[0] ^ 1]))

@@ -89,8 +89,8 @@ def test_clear_forgets_also_what_is_being_written_and_not_what_comes_after(tmp_p
         written(store, pool, SLOTS)
         store.write(7, [b"a", b"b"], [1, 2], [1, 2])
         store.clear()
-        store.write(8, [b"c"], [1], [1])
-        ended(store, 8)
+        written(store, pool, {b"c": 1})
+        assert read(store, pool, [b"a", b"b", b"c"], [1, 2, 1]) == [None, None, block_bytes(b"c")]
     with opened(tmp_path) as (store, _):
         assert store.survivors.keys == [b"c"]
 

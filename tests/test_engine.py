@@ -100,6 +100,12 @@ def block_bytes(kv: dict[str, torch.Tensor], number: int) -> list[list[float]]:
     return [tensor[number].float().flatten().tolist() for tensor in kv.values()]
 
 
+def test_a_disk_is_refused() -> None:
+    config = KVortexConfig(ram_pool_gb=0.01, disk_path="/d", disk_pool_gb=1)
+    with pytest.raises(ConfigError, match="disk_path='/d': only the vLLM connector"):
+        KVortexEngine(config, {"layer": torch.zeros(4, 64)})
+
+
 def test_saved_bytes_come_back_anywhere(open_engine: Open, kv: dict[str, torch.Tensor]) -> None:
     engine = open_engine()
     before = {

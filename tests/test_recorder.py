@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 import kvortex.recorder
+from kvortex import KVortexConfig
 from kvortex.cli import main
 from kvortex.core import ConfigError
 from kvortex.recorder import FLUSH_EVERY, Recorder
@@ -40,6 +42,23 @@ def test_what_was_recorded_is_read(tmp_path: Path) -> None:
     assert (first.hits, second.hits) == ({"gpu": 1, "host": 0}, {"gpu": 1, "host": 1})
 
 
+def test_the_command_prints_what_lets_vllm_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["trace", "record", "trace.gz", "--ram-pool-gb", "2"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    path = str(tmp_path / "trace.gz")
+    assert printed == KVortexConfig(ram_pool_gb=2, trace_path=path).kv_transfer_config()
+
+
+def test_the_command_wants_one_file(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["trace.gz", "--trace-path", "other.gz"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["trace", "record", *arguments])
+        assert "usage: kvortex" in capsys.readouterr().err
+
+
 def test_neither_keys_nor_names_are_in_the_file(tmp_path: Path) -> None:
     import gzip
 
@@ -50,6 +69,19 @@ def test_neither_keys_nor_names_are_in_the_file(tmp_path: Path) -> None:
         assert b"req-" not in told[-1]
         assert str(int.from_bytes(KEYS[1][:7], "big")).encode() not in told[-1]
     assert told[0] != told[1]  # another salt
+
+
+def test_what_came_a_second_ago_outlives_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvortex.recorder, "FLUSH_S", 0.01)
+    path = tmp_path / "trace.gz"
+    recorder = recorded(path, count=3)
+    deadline = time.monotonic() + 10
+    while len(read_trace(path).requests) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    recorder.close()
 
 
 def test_the_file_is_bounded(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kvortex.plugins
 from kvortex.cli import main
 from kvortex.core import ConfigError
 from kvortex.plugins import policy_names
-from kvortex.policies import ADMISSIONS
+from kvortex.policies import ADMISSIONS, LRU
 from kvortex.simulator import CLAIRVOYANT, replay
 from kvortex.trace import Request, Trace, read_trace
 
@@ -107,9 +108,23 @@ def test_the_default_admission_never_starves_a_pool_that_is_large_enough(policy:
 def test_the_disk_serves_what_the_host_evicted() -> None:
     twice = trace("abcd", "efgh", "abcd")
     assert replay(twice, "lru", 4).block_hit_rate == 0
-    both = replay(twice, "lru", 4, disk_blocks=4)
+    both = replay(twice, "lru", 4, disk_blocks=8)
     assert both.block_hit_rate == both.disk_hit_rate == round(4 / 12, 6)
     assert (both.blocks_written, both.disk_blocks_written) == (12, 8)
+    assert replay(twice, "lru", 4, disk_blocks=4).block_hit_rate == 0  # both hold the newest four
+
+
+def test_a_policy_that_fails_is_not_shown_with_the_figures_of_lru(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Boom(LRU):
+        def insert(self, key: bytes) -> None:
+            raise KeyError(key)
+
+    monkeypatch.setitem(kvortex.plugins.BUILT_IN, "lru", Boom)
+    monkeypatch.setattr("kvortex.plugins.entry_points", lambda **_: ())
+    with pytest.raises(ConfigError, match="policy 'lru' fails, LRU would serve instead: KeyError"):
+        replay(trace("abcd"), "lru", 4)
 
 
 @pytest.mark.parametrize("policy", policy_names())

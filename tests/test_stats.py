@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvortex.metrics import Counters, Gauges
+from kvortex.metrics import MISSED, Counters, Gauges, MissReason
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -56,12 +56,17 @@ def test_every_counter_and_gauge_has_a_metric() -> None:
     metrics = KVortexPromMetrics(VllmConfig(), kinds, ["engine"], {0: ["0"], 1: ["1"]})
     metrics.observe({"stored_blocks": 3, "slots": 8, "of another version": 1}, 0)
     metrics.observe({"stored_blocks": 4, "slots": 7}, 0)
-    metrics.observe({"stored_blocks": 1}, 1)
+    metrics.observe({"stored_blocks": 1, MISSED + MissReason.LATE: 32}, 1)
     text = generate_latest(registry).decode()
     assert 'vllm:kvortex_stored_blocks_total{engine="0"} 7.0' in text
     assert 'vllm:kvortex_stored_blocks_total{engine="1"} 1.0' in text
     assert 'vllm:kvortex_slots{engine="0"} 7.0' in text
+    assert 'vllm:kvortex_missed_tokens_total{engine="1",reason="late"} 32.0' in text
+    assert 'vllm:kvortex_failed_loads_total{engine="1"} 0.0' in text
+    for reason in MissReason:
+        assert f'vllm:kvortex_missed_tokens_total{{engine="0",reason="{reason}"}} 0.0' in text
     for name in Counters().as_dict():
-        assert f"# TYPE vllm:kvortex_{name}_total counter" in text
+        if not name.startswith(MISSED):
+            assert f"# TYPE vllm:kvortex_{name}_total counter" in text
     for name in Gauges().as_dict():
         assert f"# TYPE vllm:kvortex_{name} gauge" in text

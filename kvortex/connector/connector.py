@@ -237,10 +237,12 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """The request's blocks may be freed: stores hold those they read."""
-        if self._scheduler is not None:
-            self._scheduler.finished(request)
-        return False, None
+        """The request's blocks may be freed: stores hold those they read.
+
+        An answer that is not streamed has the explanation in its `kv_transfer_params`, if asked.
+        """
+        told = self._scheduler.finished(request) if self._scheduler is not None else None
+        return False, {"kvortex": told.as_dict()} if told is not None else None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
@@ -311,6 +313,14 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         return message.plan
 
     def _warn(self, reason: str | None) -> None:
+        disk, ram = self._config.disk_pool_gb, self._config.ram_pool_gb
+        if disk is not None and disk <= ram:
+            logger.warning(
+                "disk_pool_gb=%g is not more than ram_pool_gb=%g: the disk has what RAM has, and "
+                "serves after a restart only.",
+                disk,
+                ram,
+            )
         if reason is not None:
             logger.warning("KVortex is off for this model: %s.", reason)
         elif self._kv_transfer_config.kv_load_failure_policy != "recompute":

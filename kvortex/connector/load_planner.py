@@ -53,7 +53,7 @@ class LoadPlanner:
         end = self._readable_end(tracked, self._readable)
         num_tokens = (end - tracked.first) * self._block_tokens
         starts = (self._start(reach, tracked.first, end) for reach in self._reaches)
-        loaded = self._tokens(sum(end - start for start in starts))
+        loaded = self.tokens(sum(end - start for start in starts))
         pays = num_tokens > 0 and self._pays(num_tokens, loaded)
         tracked.unpaid = 0 if pays else num_tokens
         tracked.apart = pays and self._waits_apart(loaded)
@@ -77,9 +77,9 @@ class LoadPlanner:
             parents += tracked.parents(group, start, end) if reach.whole else [None] * len(of_group)
         on_disk = sum(key not in self._readable for key in keys)
         seconds = overflow.read_seconds(on_disk)
-        if more > 0 and self._pays(more, self._tokens(on_disk), seconds):
-            return keys, parents
-        return [], []
+        pays = more > 0 and self._pays(more, self.tokens(on_disk), seconds)
+        tracked.unfetched = 0 if pays else more
+        return (keys, parents) if pays else ([], [])
 
     def blocks(self, tracked: TrackedRequest, num_tokens: int) -> tuple[list[BlockKey], list[int]]:
         """What every group needs of so many tokens, by key, and the GPU blocks for it."""
@@ -94,14 +94,18 @@ class LoadPlanner:
 
     def began(self, job: Job) -> None:
         """A load was planned."""
-        tokens = self._tokens(len(job.block_ids))
+        tokens = self.tokens(len(job.block_ids))
         self._under_way += tokens
         if job.request_id is None:
             self._awaited += tokens
 
     def ended(self, job: Job) -> None:
         """Every rank is done with a load."""
-        self._under_way -= self._tokens(len(job.block_ids))
+        self._under_way -= self.tokens(len(job.block_ids))
+
+    def tokens(self, num_blocks: int) -> float:
+        """So many blocks of any groups, in tokens of all groups."""
+        return num_blocks * self._block_tokens / len(self._reaches)
 
     def take_awaited(self) -> float:
         """Tokens for which the next step waits."""
@@ -128,6 +132,3 @@ class LoadPlanner:
     def _start(self, reach: Reach, first: int, end: int) -> int:
         """The first block, from `first` on, that a group looks at behind block `end`."""
         return max(first, reach.first_token(end * self._block_tokens) // self._block_tokens)
-
-    def _tokens(self, num_blocks: int) -> float:
-        return num_blocks * self._block_tokens / len(self._reaches)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvortex.config import slots_in_pool
 from kvortex.connector.bad_blocks import BadBlocks
+from kvortex.connector.explanation import explain
 from kvortex.connector.host_events import HostEvents
 from kvortex.connector.load_planner import LoadPlanner
 from kvortex.connector.messages import ReportMessage
@@ -17,8 +20,7 @@ from kvortex.connector.tracked_request import TrackedRequest
 from kvortex.core import Direction, StepPlan
 from kvortex.cost_model import CostModel
 from kvortex.disk import disk_slots_in_pool
-from kvortex.engine import slots_in_pool
-from kvortex.metrics import Gauges
+from kvortex.metrics import Gauges, MissReason
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
 from kvortex.recorder import Recorder
@@ -37,8 +39,11 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvortex.config import KVortexConfig
+    from kvortex.connector.explanation import Explanation
     from kvortex.connector.geometry import Geometry
     from kvortex.core import BlockKey
+
+logger = logging.getLogger(__name__)
 
 STEPS_UNDER_WAY = 16
 """The most steps that vLLM plans ahead of the report of one: a pipeline's stages."""
@@ -155,6 +160,7 @@ class SchedulerSide:
             tracked.stale = False
         if not tracked.touched:  # to be resumed, or scheduled once loaded, is not a second use
             tracked.touched = True
+            self._explain(tracked, num_external_tokens)
             self._touch(tracked)
             self._record(tracked, num_external_tokens)
         self._loads.running += 1
@@ -179,8 +185,11 @@ class SchedulerSide:
         by_layer = awaited > 0 and self.costs.hides(awaited, num_tokens)
         return self.offload.take_plan(num_tokens > 0, by_layer, step)
 
-    def finished(self, request: Request) -> None:
-        """Store what only its last tokens completed, before vLLM frees the blocks."""
+    def finished(self, request: Request) -> Explanation | None:
+        """Store what only its last tokens completed, before vLLM frees the blocks.
+
+        Returns what became of its prompt, if its client asked for that.
+        """
         tracked = self._tracked.pop(request.request_id, None)
         self._end_fetch(request.request_id)
         if tracked is not None:
@@ -188,6 +197,7 @@ class SchedulerSide:
         if tracked is not None and request.status.name != FAILED_STATUS:
             computed = min(request.num_computed_tokens, tracked.computed)
             self._store(list(self._completed(tracked, computed, computed)))
+        return tracked.explanation if tracked is not None and tracked.params.explain else None
 
     def settle(self, output: KVConnectorOutput) -> None:
         """Take in the workers' report of a step."""
@@ -212,6 +222,8 @@ class SchedulerSide:
                 continue
             self._loads.ended(flight.job)
             if flight.failed:
+                lost = round(self._loads.tokens(len(flight.blocks)))
+                self.offload.counters.miss(MissReason.FAILED, lost)
                 self._compute_again()
 
     def reset(self) -> None:
@@ -224,6 +236,15 @@ class SchedulerSide:
         """End the trace, if one is recorded."""
         if self._recorder is not None:
             self._recorder.close()
+
+    def _explain(self, tracked: TrackedRequest, num_loaded: int) -> None:
+        """Count why tokens of a request are computed; log it where somebody wants to know."""
+        told = explain(tracked, num_loaded, self.offload, self._block_tokens)
+        tracked.explanation = told
+        for reason, tokens in told.missed_tokens.items():
+            self.offload.counters.miss(reason, tokens)
+        level = logging.INFO if tracked.params.explain else logging.DEBUG
+        logger.log(level, "Request %s: %s.", tracked.request.request_id, told)
 
     def _record(self, tracked: TrackedRequest, num_external_tokens: int) -> None:
         """Note a request that is seen for the first time, and who serves its blocks."""
@@ -386,4 +407,4 @@ def _open_recorder(config: KVortexConfig, geometry: Geometry) -> Recorder | None
     if config.trace_path is None:
         return None
     block_bytes = geometry.slot_bytes * geometry.num_ranks
-    return Recorder(Path(config.trace_path), geometry.block_tokens, block_bytes)
+    return Recorder(Path(config.trace_path).expanduser(), geometry.block_tokens, block_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -10,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvortex.metrics import Counters, Gauges
+from kvortex.metrics import MISSED, Counters, Gauges, MissReason
 
 GAUGES = {gauge.name for gauge in fields(Gauges)}
 
@@ -67,6 +68,7 @@ class Changes:
 class KVortexPromMetrics(KVConnectorPromMetrics):
     """`vllm:kvortex_<counter>_total` and `vllm:kvortex_<gauge>`, labelled like vLLM's own metrics.
 
+    Misses are one counter, `vllm:kvortex_missed_tokens_total`, with the label `reason`.
     The prefix is vLLM's for its connectors: by it vLLM finds what a former engine registered.
     """
 
@@ -78,23 +80,36 @@ class KVortexPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._metrics = {
+        # Of several API servers' processes, one has the newest word on an engine.
+        gauge = partial(self._gauge_cls, multiprocess_mode="mostrecent")
+        metrics = {
             metric.name: kind(
                 name=f"vllm:kvortex_{metric.name}",
                 documentation=f"KVortex: {metric.name.replace('_', ' ')}{when}.",
                 labelnames=labelnames,
             )
-            for kind, metrics, when in (
+            for kind, group, when in (
                 (self._counter_cls, fields(Counters), " since start"),
-                (self._gauge_cls, fields(Gauges), " now"),
+                (gauge, fields(Gauges), " now"),
             )
-            for metric in metrics
+            for metric in group
+            if not metric.name.startswith(MISSED)
+        }
+        missed = self._counter_cls(
+            name="vllm:kvortex_missed_tokens",
+            documentation="KVortex: tokens of prompts that were computed, by reason, since start.",
+            labelnames=[*labelnames, "reason"],
+        )
+        # With all their labels at once: what is 0 shall be there, and be seen to increase.
+        self._metrics = {
+            engine: {name: metric.labels(*labels) for name, metric in metrics.items()}
+            | {MISSED + reason: missed.labels(*labels, reason.value) for reason in MissReason}
+            for engine, labels in per_engine_labelvalues.items()
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Take in one step's changes."""
-        labels = self.per_engine_labelvalues[engine_idx]
+        metrics = self._metrics[engine_idx]
         for name, number in transfer_stats_data.items():
-            if name in self._metrics:
-                metric = self._metrics[name].labels(*labels)
-                metric.set(number) if name in GAUGES else metric.inc(number)
+            if name in metrics:
+                metrics[name].set(number) if name in GAUGES else metrics[name].inc(number)

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
-from kvortex.connector.request_limits import RequestLimits
+from kvortex.connector.request_params import RequestParams
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from kvortex.connector.explanation import Explanation
     from kvortex.core import BlockKey
 
 
@@ -20,13 +21,17 @@ class TrackedRequest:
     """Its GPU blocks by KV cache group, and how many were considered for storing."""
 
     request: Request
-    limits: RequestLimits
+    params: RequestParams
     block_ids: list[list[int]] = field(default_factory=list)
     considered: int = 0
     first: int = 0
     """Blocks that were on the GPU when vLLM asked last."""
     unpaid: int = 0
     """Tokens of a hit that it was told then to compute."""
+    unfetched: int = 0
+    """Tokens of a hit on disk that was left there because it did not pay."""
+    explanation: Explanation | None = None
+    """Of its prompt, since it has blocks."""
     apart: bool = False
     """Whether it was told then to wait for its load while others run."""
     computed: int = 0
@@ -40,7 +45,7 @@ class TrackedRequest:
     @classmethod
     def of(cls, request: Request) -> TrackedRequest:
         """Nothing is known of it yet but what its client asked for."""
-        return cls(request, RequestLimits.of(request.kv_transfer_params))
+        return cls(request, RequestParams.of(request.kv_transfer_params))
 
     def keys(self, group: int, first: int, last: int) -> list[BlockKey]:
         """Of the blocks from `first` up to before `last`, as far as their tokens are known."""
@@ -59,11 +64,11 @@ class TrackedRequest:
 
     def most_loaded(self, num_tokens: int) -> int:
         """How many leading tokens of so many may be loaded."""
-        return _at_most(self.limits.max_load_tokens, num_tokens)
+        return _at_most(self.params.max_load_tokens, num_tokens)
 
     def most_stored(self, num_tokens: int) -> int:
         """How many leading tokens of so many may be stored."""
-        return _at_most(self.limits.max_offload_tokens, num_tokens)
+        return _at_most(self.params.max_offload_tokens, num_tokens)
 
 
 def _at_most(limit: int | None, num_tokens: int) -> int:

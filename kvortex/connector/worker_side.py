@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.distributed.parallel_state import get_world_group
 
-from kvortex.config import GIB
+from kvortex.config import GIB, slots_in_pool
 from kvortex.connector.disk_namespace import namespace_of
 from kvortex.disk import DiskOptions, DiskStore, disk_slots_in_pool
 from kvortex.disk_worker import DiskWorker
-from kvortex.engine import slots_in_pool
 from kvortex.host_pool import free_memory_bytes, open_pool, require_free_memory
 from kvortex.layout import make_layout
 from kvortex.worker import open_copy_engine, open_worker
@@ -68,6 +67,14 @@ class WorkerSide:
             geometry.num_gpu_blocks * geometry.block_tokens,
             layout.device,
         )
+        if self._disk is not None:
+            logger.info(
+                "KVortex: %.1f GiB of disk at %s hold %d blocks, %d were found there",
+                self._disk.num_slots * layout.slot_bytes / GIB,
+                _folder(config),
+                self._disk.num_slots,
+                len(self._disk.survivors.keys),
+            )
 
     def take_failed_requests(self) -> set[str]:
         """Those to tell vLLM of; where it is told of blocks, it keeps what else they loaded."""
@@ -100,6 +107,11 @@ class WorkerSide:
         self._pool.close()
 
 
+def _folder(config: KVortexConfig) -> Path:
+    assert config.disk_path is not None
+    return Path(config.disk_path).expanduser().absolute()
+
+
 def _open_disk(
     config: KVortexConfig,
     geometry: Geometry,
@@ -108,12 +120,11 @@ def _open_disk(
     vllm_config: VllmConfig,
 ) -> DiskStore:
     """This rank's share of the disk pool; replicas of the engine have folders of their own."""
-    assert config.disk_path is not None
     assert config.disk_pool_gb is not None
     parallel = vllm_config.parallel_config
     most = config.disk_max_write_mb_s
     return DiskStore(
-        Path(config.disk_path),
+        _folder(config),
         namespace_of(vllm_config, geometry, layout),
         parallel.data_parallel_rank * geometry.num_ranks + get_world_group().rank,
         disk_slots_in_pool(config.disk_pool_gb, geometry.slot_bytes, geometry.num_ranks),

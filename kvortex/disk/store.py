@@ -7,6 +7,7 @@ rings; lanes, which are threads, do all reading, writing, waiting and checking.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from threading import Event
@@ -55,6 +56,10 @@ class DiskOptions:
     """How long a read is worth waiting for."""
     readers: int = 8
     writers: int = 4
+    most_parts: int = max(1, len(os.sched_getaffinity(0)) // 4)
+    """In how many parts, by as many readers, one block may be read. On two busy cores the second
+    part cost 50 us and the fourth 100 more, where each saves at most its share of the checksum (see
+    the latency rows of bench_disk); whether it pays on many cores was not measured yet."""
 
 
 class DiskStore:
@@ -93,6 +98,7 @@ class DiskStore:
         self.slot_bytes = pool.slot_bytes
         self._memory = pool.bytes.view(-1).numpy().data
         self._pieces = num_pieces(pool.slot_bytes)
+        self._most_parts = min(options.most_parts, self._pieces)
         self._read_deadline_s = options.read_deadline_s
         self._pace = Pace(options.max_write_bytes_per_s)
         self._reading = Breaker(f"reading from {disk_path}")
@@ -166,7 +172,7 @@ class DiskStore:
         """Have blocks copied to host memory, where each is checked to be that of its key."""
         now = time.monotonic()
         count = len(keys)
-        parts = max(1, min(self._pieces, len(self._readers) // max(1, count)))
+        parts = max(1, min(self._most_parts, len(self._readers) // max(1, count)))
         deadline = now + self._read_deadline_s
         job = DiskJob(job_id, keys, list(disk_slots), list(host_slots), deadline, parts)
         job.reads = [BlockRead.of(self._pieces) for _ in keys]

@@ -1,0 +1,1 @@
+"""Commands of `kvortex`, each with its parser: `add_parser` hangs it into the command line."""

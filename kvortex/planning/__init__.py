@@ -1,0 +1,1 @@
+"""Foresees what KVortex does for a model from its config.json, without torch and vLLM."""

@@ -1,0 +1,132 @@
+"""Scrape: what a server's /metrics said at one time, read over HTTP."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import TYPE_CHECKING, Self
+
+from kvortex.core import KVortexError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+Labels = frozenset[tuple[str, str]]
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+SAMPLE = re.compile(rf"([a-zA-Z_:][\w:]*)(?:\{{(.*)\}})?\s+({NUMBER})(?:\s+-?\d+)?", re.ASCII)
+LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+MOST_BYTES = 64 << 20
+
+
+class ScrapeError(KVortexError, RuntimeError):
+    """There is no server, or it is not one that serves with KVortex."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """Samples by name and labels. Those whose name ends with `_total` only grow."""
+
+    at: float
+    """In seconds, on a clock that is not set."""
+    samples: Mapping[str, Mapping[Labels, float]]
+
+    @classmethod
+    def of(cls, text: str, at: float) -> Self:
+        """Read Prometheus' text format; what is no sample of a finite number is passed over."""
+        samples: defaultdict[str, dict[Labels, float]] = defaultdict(dict)
+        for line in text.splitlines():
+            found = SAMPLE.fullmatch(line.strip())
+            if found is not None and math.isfinite(number := float(found[3])):
+                samples[found[1]][frozenset(LABEL.findall(found[2] or ""))] = number
+        return cls(at, dict(samples))
+
+    def since(self, before: Scrape) -> Scrape:
+        """What was added to totals since an earlier one; all else as it is now.
+
+        If a total fell, the server was started anew in between, and began at 0.
+        """
+        anew = any(
+            value < before.samples.get(name, {}).get(labels, 0)
+            for name, values in self._totals()
+            for labels, value in values.items()
+        )
+        if anew:
+            return self
+        samples = dict(self.samples)
+        for name, values in self._totals():
+            earlier = before.samples.get(name, {})
+            samples[name] = {key: value - earlier.get(key, 0) for key, value in values.items()}
+        return Scrape(self.at, samples)
+
+    def total(self, name: str) -> float:
+        """The sum over all labels, so of all engines; 0 if there is none."""
+        return sum(self.samples.get(name, {}).values())
+
+    def by(self, name: str, label: str) -> dict[str, float]:
+        """Sums by the value of one label, in the order in which the server tells them."""
+        sums: defaultdict[str, float] = defaultdict(float)
+        for labels, value in self.samples.get(name, {}).items():
+            sums[dict(labels).get(label, "")] += value
+        return dict(sums)
+
+    def quotient(self, above: str, below: str) -> float:
+        """The sum of one over the other, engine by engine, of those where the other is not 0."""
+        divisors = self.samples.get(below, {})
+        return sum(
+            value / divisors[labels]
+            for labels, value in self.samples.get(above, {}).items()
+            if divisors.get(labels)
+        )
+
+    def _totals(self) -> Iterable[tuple[str, Mapping[Labels, float]]]:
+        return [item for item in self.samples.items() if item[0].endswith("_total")]
+
+
+def scrape(url: str, timeout_s: float = 10) -> Scrape:
+    """Ask a vLLM server that runs with KVortex.
+
+    Args:
+        url: of the server, or of its /metrics; http:// may be left out.
+        timeout_s: how long it may say nothing.
+
+    Raises:
+        ScrapeError: in one line, why nothing can be told.
+    """
+    where = metrics_url(url)
+    try:
+        with urllib.request.urlopen(where, timeout=timeout_s) as response:
+            text = response.read(MOST_BYTES).decode("utf-8", "replace")
+    except urllib.error.HTTPError as error:
+        raise ScrapeError(f"{where} answers {error.code}: that is not vLLM's /metrics") from None
+    except (OSError, HTTPException, ValueError) as error:
+        why = getattr(error, "reason", None) or error
+        raise ScrapeError(f"no answer from {where}: {why}") from None
+    result = Scrape.of(text, time.monotonic())
+    if not any(name.startswith("vllm:") for name in result.samples):
+        raise ScrapeError(f"{where} is not vLLM's: no metric there begins with vllm:")
+    if not any(name.startswith("vllm:kvortex_") for name in result.samples):
+        raise ScrapeError(
+            f"the vLLM at {where} runs without KVortex: start it with --kv-transfer-config "
+            '"$(kvortex config)"'
+        )
+    return result
+
+
+def metrics_url(url: str) -> str:
+    """Where a server that was named in short has its metrics.
+
+    Raises:
+        ScrapeError: a scheme other than http and https.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        scheme, rest = "http", url
+    if scheme not in {"http", "https"} or not rest.strip("/"):
+        raise ScrapeError(f"{url}: use the URL of a server, like http://localhost:8000")
+    return f"{scheme}://{rest.rstrip('/').removesuffix('/metrics')}/metrics"
