@@ -156,6 +156,7 @@ class OverflowMachine(RuleBasedStateMachine):
                 self.compute(keys, len(keys), touch=False, steps=3)
 
     def open(self) -> None:
+        self.numbers = itertools.count()
         num_slots, disk_slots = self.sizes
         policy, admission = self.policies
         self.ranks = [Rank(n, self.path, num_slots, disk_slots) for n in range(self.num_ranks)]
@@ -174,6 +175,8 @@ class OverflowMachine(RuleBasedStateMachine):
         """Of what epoch the bytes must be that arrive."""
         self.distrusted: set[bytes] = set()
         """Keys whose blocks the host forgot because their load failed."""
+        self.lost: set[bytes] = set()
+        """Keys that a rank could not read, though others may not have answered yet."""
 
     # What an engine does
 
@@ -268,8 +271,8 @@ class OverflowMachine(RuleBasedStateMachine):
         for _ in range(steps):
             self.step()
 
-    @rule(really=rarely, keys=chains, sent=st.booleans())
-    def reset(self, really: bool, keys: list[bytes], sent: bool) -> None:
+    @rule(really=rarely, keys=chains, sent=st.booleans(), restart=st.booleans())
+    def reset(self, really: bool, keys: list[bytes], sent: bool, restart: bool) -> None:
         """The weights are others now, while a request waits and a drive does not answer."""
         if not really:
             return
@@ -281,16 +284,19 @@ class OverflowMachine(RuleBasedStateMachine):
         self.seen["resets under way"] += bool(self.overflow._flights)
         self.offload.reset()
         self.epoch += 1
+        if restart:  # with what was computed since
+            self.let_drives_work()
+            self.compute(keys, len(keys), touch=True, steps=3)
+            self.restart(really=True, seed=None)
 
     # What drives do
 
     @precondition(lambda self: all(rank.faults.error is None for rank in self.ranks))
-    @rule(really=rarely, rank=ranks, code=errors, writes_only=st.booleans())
-    def break_drive(self, really: bool, rank: int, code: int, writes_only: bool) -> None:
-        if not really:
-            return
+    @rule(rank=ranks, code=errors, writes_only=st.booleans())
+    def break_drive(self, rank: int, code: int, writes_only: bool) -> None:
         faults = self.ranks[rank % self.num_ranks].faults
         faults.error, faults.writes_only = code, writes_only
+        self.compute([b"new %d" % next(self.numbers)], 1, touch=True, steps=3)
 
     @rule(rank=ranks, error=rarely, short=st.booleans(), hangs=rarely)
     def change(self, rank: int, error: bool, short: bool, hangs: bool) -> None:
@@ -346,11 +352,13 @@ class OverflowMachine(RuleBasedStateMachine):
         before = set(self.overflow.disk.readable)  # type: ignore[call-overload]
         reports = [rank.worker.report() for rank in self.ranks]
         report = reduce(StepReport.merge, reports)
+        for move_id, positions in (report.disk.lost if report.disk is not None else {}).items():
+            keys = self.overflow._flights[move_id].move.keys
+            self.lost |= {keys[position] for position in positions}
         for flight in self.offload.settle(report):
             self.used.pop(flight.job.id)
-        lost = report.disk.lost if report.disk is not None else {}
         gone = before - set(self.overflow.disk.readable)  # type: ignore[call-overload]
-        assert not gone or lost, "the disk forgot a key for no reason"
+        assert gone <= self.lost, "the disk forgot a key for no reason"
 
     @invariant()
     def what_is_readable_is_right(self) -> None:
@@ -384,11 +392,14 @@ class OverflowMachine(RuleBasedStateMachine):
                     block.state is State.RESIDENT and key in self.overflow.readable
                 )
 
-    def rest(self) -> None:
-        """Everybody leaves, and all that is under way ends."""
+    def let_drives_work(self) -> None:
         for rank in self.ranks:
             rank.faults.flows.set()
             rank.faults.error = None
+
+    def rest(self) -> None:
+        """Everybody leaves, and all that is under way ends."""
+        self.let_drives_work()
         for name in list(self.asked):
             self.leave(name)
         for _ in range(100):
