@@ -66,6 +66,26 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     demo.set_defaults(command=_demo)
 
+    _add_simulate_parser(commands)
+    _add_trace_parsers(commands)
+    _add_disk_parsers(commands)
+    plan.add_parser(commands)
+    doctor.add_parser(commands)
+
+    tune = commands.add_parser(
+        "tune",
+        help="measure which way of copying is fastest on this machine, and keep the result",
+        epilog="kvortex tune --device 0",
+    )
+    tune.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
+    tune.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    tune.set_defaults(command=_tune)
+
+    top.add_parser(commands)
+    return parser
+
+
+def _add_simulate_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     simulate = commands.add_parser(
         "simulate",
         help="replay a trace of requests through eviction policies",
@@ -91,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--plot", type=Path, metavar="PNG", help="draw hit rate against capacity")
     simulate.set_defaults(command=_simulate)
 
+
+def _add_trace_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     trace = commands.add_parser("trace", help="record a trace of requests, or look into one")
     about = trace.add_subparsers(required=True, metavar="COMMAND")
     record = about.add_parser(
@@ -105,22 +127,6 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("trace", type=Path, help=TRACE_HELP)
     info.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     info.set_defaults(command=_trace_info)
-
-    _add_disk_parsers(commands)
-    plan.add_parser(commands)
-    doctor.add_parser(commands)
-
-    tune = commands.add_parser(
-        "tune",
-        help="measure which way of copying is fastest on this machine, and keep the result",
-        epilog="kvortex tune --device 0",
-    )
-    tune.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
-    tune.add_argument("--json", action="store_true", help="print one JSON object, not a table")
-    tune.set_defaults(command=_tune)
-
-    top.add_parser(commands)
-    return parser
 
 
 def _add_disk_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

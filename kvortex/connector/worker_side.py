@@ -60,7 +60,7 @@ class WorkerSide:
             self.worker = open_worker(layout, self._pool, config.num_cuda_streams, disk)
             opened.pop_all()
         logger.info(
-            "KVortex: %.1f GiB of host RAM hold %d blocks, %d tokens, against %d tokens on %s",
+            "KVortex: %.3g GiB of host RAM hold %d blocks, %d tokens, against %d tokens on %s",
             size / GIB,
             num_slots,
             num_slots * geometry.block_tokens,
@@ -69,7 +69,7 @@ class WorkerSide:
         )
         if self._disk is not None:
             logger.info(
-                "KVortex: %.1f GiB of disk at %s hold %d blocks, %d were found there",
+                "KVortex: %.3g GiB of disk at %s hold %d blocks, %d were found there",
                 self._disk.num_slots * layout.slot_bytes / GIB,
                 _folder(config),
                 self._disk.num_slots,

@@ -69,7 +69,11 @@ class OpenCache:
 
     def _warn(self, disk_path: Path) -> None:
         if self.removed:
-            logger.warning("Disk cache: removed %d caches of other models.", self.removed)
+            logger.warning(
+                "Disk cache: removed %d that other models, weights or settings left at %s.",
+                self.removed,
+                disk_path,
+            )
         there = (("O_DIRECT", self.files.direct), ("fallocate", self.files.preallocated))
         if lacks := [what for what, has in there if not has]:
             logger.warning(
