@@ -123,4 +123,4 @@ def test_two_ranks_restore_together(
         assert server.counter("vllm:external_prefix_cache_hits") == hits
         assert server.counter("vllm:kvortex_loaded_blocks") == hits // BLOCK
         assert server.counter("vllm:kvortex_failed_stores") == 0
-    assert "0.2 GiB of host RAM hold" in (tmp_path / "server.log").read_text()
+    assert "0.25 GiB of host RAM hold" in (tmp_path / "server.log").read_text()
