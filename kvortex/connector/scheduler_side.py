@@ -203,8 +203,10 @@ class SchedulerSide:
         """Take in the workers' report of a step."""
         if output.invalid_block_ids:  # maybe of another connector's load, beside this one
             self.offload.discard_stores()
-            self._bad.add(output.invalid_block_ids)
-            self._take_from_gpu_cache(output.invalid_block_ids)
+            spoilt = self._spoilt_by(output.invalid_block_ids)
+            self._bad.add(spoilt)
+            if self._pool is not None:
+                self._pool.evict_blocks(spoilt)
             self._compute_again()
         self._gone.append([])
         message = output.kv_connector_worker_meta
@@ -265,22 +267,20 @@ class SchedulerSide:
         if job is not None:
             self._loads.began(job)
 
-    def _take_from_gpu_cache(self, bad: set[int]) -> None:
-        """Let nobody else find blocks that failed to load, or what was computed from them.
+    def _spoilt_by(self, bad: set[int]) -> set[int]:
+        """The blocks that failed to load, and those that may have been computed from them.
 
-        vLLM leaves them under their hashes, as they are to be computed again; until they are, or
+        vLLM leaves both under their hashes, as they are to be computed again; until they are, or
         where that is cut short, others would compute from wrong bytes. That goes for those of a
         request, too, that was aborted since it computed them.
         """
-        if self._pool is None:
-            return
         spoilt = set(bad)
         there = (tracked.block_ids for tracked in self._tracked.values())
         for block_ids in itertools.chain(there, *self._gone):
             for ids in block_ids:
                 first = next((n for n, block_id in enumerate(ids) if block_id in bad), len(ids))
                 spoilt.update(ids[first:])
-        self._pool.evict_blocks(spoilt)
+        return spoilt
 
     def _report_again(self, steps: list[tuple[TrackedRequest, int, int]]) -> None:
         """Have vLLM hear once more of bad blocks that this step reads; what it computes is void."""
