@@ -154,6 +154,11 @@ class KVortexConfig(BaseModel):
         """Size of the host pool in bytes."""
         return int(self.ram_pool_gb * GIB)
 
+    @property
+    def disk_write_bytes_per_s(self) -> float | None:
+        """What all ranks together may write to the disk; None is no limit."""
+        return None if self.disk_max_write_mb_s is None else self.disk_max_write_mb_s * 1e6
+
     def kv_transfer_config(self) -> dict[str, Any]:
         """What vLLM takes as `kv_transfer_config`, ready for JSON.
 

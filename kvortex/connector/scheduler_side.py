@@ -75,9 +75,9 @@ class SchedulerSide:
         if config.disk_pool_gb is not None:
             disk_slots = disk_slots_in_pool(config.disk_pool_gb, geometry.slot_bytes, ranks)
             disk = _tier(config, disk_slots)
-        most = config.disk_max_write_mb_s
-        speed = None if most is None else most * 1e6
-        self.offload = OffloadScheduler(host, ranks, geometry.slot_bytes, disk, speed)
+        self.offload = OffloadScheduler(
+            host, ranks, geometry.slot_bytes, disk, config.disk_write_bytes_per_s
+        )
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
         self._reaches = geometry.reaches
         self._loads = LoadPlanner(config, geometry, host.readable, self.costs)

@@ -122,7 +122,7 @@ def _open_disk(
     """This rank's share of the disk pool; replicas of the engine have folders of their own."""
     assert config.disk_pool_gb is not None
     parallel = vllm_config.parallel_config
-    most = config.disk_max_write_mb_s
+    most = config.disk_write_bytes_per_s
     return DiskStore(
         _folder(config),
         namespace_of(vllm_config, geometry, layout),
@@ -130,7 +130,7 @@ def _open_disk(
         disk_slots_in_pool(config.disk_pool_gb, geometry.slot_bytes, geometry.num_ranks),
         pool,
         DiskOptions(
-            max_write_bytes_per_s=None if most is None else most * 1e6 / geometry.num_ranks,
+            max_write_bytes_per_s=None if most is None else most / geometry.num_ranks,
             read_deadline_s=config.disk_read_deadline_ms / 1e3,
         ),
     )
