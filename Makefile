@@ -21,7 +21,7 @@ INDEX := --torch-backend auto
 LEFT_OUT :=
 endif
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak docs lint clean
 
 demo: .venv/ready
 	@$(BIN)/kvortex demo $(ARGS)
@@ -31,6 +31,9 @@ test: lint
 
 soak: .venv/ready
 	SOAK_SECONDS=$(or $(SECONDS_TO_RUN),600) $(BIN)/pytest --timeout 0 -s tests/test_soak.py $(ARGS)
+
+docs: .venv/ready
+	$(BIN)/mkdocs build --strict $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -48,4 +51,4 @@ lint: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
