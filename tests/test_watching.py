@@ -161,6 +161,15 @@ def test_no_panel_and_no_rule_names_what_is_not_there(server: Server) -> None:
             assert matched in labels
 
 
+def test_no_panel_divides_by_an_idle_server() -> None:
+    """Grafana shows NaN for 0 / 0, which looks like a fault."""
+    divided = [expression for expression in expressions() if "/ " in expression]
+    assert len(divided) > 5
+    for expression in divided:
+        for divisor in expression.split("/ ")[1:]:
+            assert "> 0" in divisor, expression
+
+
 def test_every_metric_of_ours_is_shown(server: Server) -> None:
     there = {name for name in scrape(server.url).samples if name.startswith(OURS)}
     there = {name for name in there if not name.endswith("_created")}
