@@ -1,4 +1,4 @@
-"""The alert rules, by Prometheus's own test runner: quiet while all is well, loud where it is not."""
+"""The alert rules, by Prometheus's own test runner: quiet while all is well, loud where not."""
 
 from __future__ import annotations
 

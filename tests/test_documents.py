@@ -189,7 +189,8 @@ def test_command_does_what_is_said(command: str, place: Place) -> None:
     if command.startswith("kvortex simulate") and "clock" in command:
         assert done.returncode == 2  # it is installed into a folder that Python does not look into
         done = place.run(f"PYTHONPATH={place.folder}/site:${{PYTHONPATH:-}} {command}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    unfit = command.startswith("kvortex doctor") and done.returncode == 1
+    assert done.returncode == 0 or unfit, done.stdout + done.stderr
     assert done.stdout or command.startswith("pip")
 
 
