@@ -33,7 +33,7 @@ soak: .venv/ready
 	SOAK_SECONDS=$(or $(SECONDS_TO_RUN),600) $(BIN)/pytest --timeout 0 -s tests/test_soak.py $(ARGS)
 
 docs: .venv/ready
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """A hook of mkdocs that writes the reference from the code, so that the two cannot differ.
 
+Pictures of measurements stay beside their rows; pages name them as a reader of the files would.
+
 A page says `<!-- settings -->`, `<!-- other settings -->` or `<!-- commands -->` where they belong.
 Runs in the process that builds the documentation.
 """
@@ -10,7 +12,10 @@ import contextlib
 import io
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
+
+from mkdocs.structure.files import File
 
 from kvortex.cli import main
 from kvortex.config import FROM_ELSEWHERE, LIMITS, KVortexConfig
@@ -18,15 +23,25 @@ from kvortex.config import FROM_ELSEWHERE, LIMITS, KVortexConfig
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
     from pydantic.fields import FieldInfo
 
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
 COLUMNS = "72"
 SUBCOMMAND = re.compile(r"^    ([a-z][\w-]*)(?:  |$)", re.MULTILINE)
 WHAT_INSTEAD = {"value!r": "its value", "gib": "its GiB"}
 
 
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Called by mkdocs when it has found the pages."""
+    for picture in RESULTS.glob("*.png"):
+        files.append(File.generated(config, f"results/{picture.name}", abs_src_path=str(picture)))
+
+
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Called by mkdocs for each page."""
+    markdown = markdown.replace("(../bench/results/", "(results/")
     return re.sub(r"<!-- ([\w ]+) -->", lambda found: SECTIONS[found[1]](), markdown)
 
 
