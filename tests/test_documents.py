@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -299,6 +300,21 @@ def test_the_map_of_the_code_is_whole() -> None:
     }
     assert there - named == set()
     assert {name for name in named if not list((ROOT / "kvortex").rglob(name.rstrip("/")))} == set()
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_the_first_figures_were_measured(name: str) -> None:
+    with (ROOT / "bench" / "results" / "ttft.csv").open(newline="") as file:
+        measured = {
+            row["way"]: f"{float(row['host_hit_p50_s']):.3f}"
+            for row in csv.DictReader(file)
+            if (row["device"], row["vllm"], row["date"], row["prompt_tokens"])
+            == ("NVIDIA H200", "0.26.0", "2026-11-24", "32768")
+        }
+    told = (ROOT / name).read_text()
+    text = told.partition("32 768 tokens")[2].partition("in the same run")[0]
+    figures = re.findall(r"\b\d\.\d{3}\b", text)
+    assert figures == [measured[way] for way in ("kvortex", "none", "native", "simple")]
 
 
 def test_every_metric_and_every_reason_is_explained() -> None:
