@@ -37,6 +37,9 @@ def request(tokens: int, params: dict[str, object] | None = None, number: int = 
         request_id=f"r{number}",
         num_tokens=tokens,
         num_computed_tokens=0,
+        num_in_flight_tokens=0,
+        num_stale_output_tokens=0,
+        num_output_placeholders=0,
         status=SimpleNamespace(name="FINISHED_ABORTED"),
         block_hashes=hashes,
         kv_transfer_params=params,
@@ -177,6 +180,7 @@ def planned(keeper: SchedulerSide, asked: Any, before: int, tokens: int) -> list
         total_num_scheduled_tokens=tokens,
         scheduled_new_reqs=[],
         scheduled_cached_reqs=cached,
+        preempted_req_ids=set(),
     )
     return [block for job in keeper.plan(step).stores for block in job.block_ids.tolist()]
 
@@ -189,7 +193,7 @@ def test_blocks_behind_a_window_belong_to_others() -> None:
     allocated(keeper, asked, [1, 2, 3, 4, 5, 6], 0)
     assert planned(keeper, asked, 0, 64) == [1, 2, 3, 4]
     keeper.offload.settle(StepReport({0: 1}, failed=frozenset({0})))
-    keeper._compute_again()
+    keeper._store_again()
     assert planned(keeper, asked, 64, 32) == [3, 4, 5, 6]
 
 
@@ -210,11 +214,12 @@ def test_another_connectors_failed_load_spoils_what_is_under_way() -> None:
     keeper.bind_gpu_block_pool(pool)
     keeper.match(asked, 0)
     allocated(keeper, asked, [1, 2, 3, 4, 5, 6], 0)
-    assert planned(keeper, asked, 0, 96) == [1, 2, 3, 4, 5, 6]
+    assert planned(keeper, asked, 32, 64) == [1, 2, 3, 4, 5, 6]
+    asked.num_computed_tokens = 96
     failed: Any = SimpleNamespace(invalid_block_ids={2}, kv_connector_worker_meta=None)
-    asked.num_computed_tokens = 16
     keeper.settle(failed)
     keeper.offload.settle(StepReport({0: 1}))
+    assert asked.num_computed_tokens == 16
     assert keeper.offload.tier.index.resident == 0
     assert keeper._tracked[asked.request_id].considered == 1
     assert pool.evicted == {2, 3, 4, 5, 6}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvortex.core import BlockKey
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class TrackedRequest:
     """Its GPU blocks by KV cache group, and how many were considered for storing."""
 
@@ -61,6 +61,29 @@ class TrackedRequest:
         if first:
             return [*self.keys(group, first - 1, last - 1)]
         return [None, *self.keys(group, 0, last - 1)]
+
+    def compute_again(self, num_tokens: int) -> None:
+        """Have vLLM compute again what lies behind so many tokens.
+
+        vLLM itself lets all but the first of those that share a block go on behind it, and counts
+        wrongly if it has planned a next step already.
+        """
+        request = self.request
+        request.num_computed_tokens = min(request.num_computed_tokens, num_tokens)
+        self.drop_output()
+
+    def drop_output(self) -> None:
+        """Have vLLM forget what the steps under way sample for this request.
+
+        Its scheduler does the same where it preempts all of them to reset its cache.
+        """
+        request = self.request
+        if hasattr(request, "num_stale_output_tokens"):  # since vLLM 0.32
+            request.drop_stale_output = True
+            request.num_stale_output_tokens = request.num_in_flight_tokens
+        else:
+            request.async_tokens_to_discard = request.num_output_placeholders
+        request.num_output_placeholders = 0
 
     def most_loaded(self, num_tokens: int) -> int:
         """How many leading tokens of so many may be loaded."""
