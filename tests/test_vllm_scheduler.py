@@ -625,6 +625,26 @@ def test_all_who_share_a_failed_load_compute_it_again(
 
 
 @either_way
+def test_who_waits_apart_behind_a_failed_load_of_another_computes_it_again(
+    failing: SchedulerMachine,
+) -> None:
+    failing.open(20, 40, 0, 64, "lru", "always", apart=True)
+    prompt = continued([1], 25)
+    failing.add(prompt, 1)
+    failing.go_on(3, end=True)
+    failing.reset(running=False, connector=False)
+    failing.add(prompt[:21], 1)
+    failing.add(prompt, 4)
+    failing.add([*prompt, 0], 4)
+    failing.step(fail=0)
+    waiting = [request.status.name for request in failing.requests[2:]]
+    assert waiting == ["WAITING_FOR_REMOTE_KVS"] * 2
+    failing.abort(0)
+    failing.teardown()
+    assert failing.seen["failed_loads"] == 5 + 1 + 1
+
+
+@either_way
 def test_what_an_aborted_request_computed_from_a_failed_load_is_found_by_nobody(
     failing: SchedulerMachine,
 ) -> None:

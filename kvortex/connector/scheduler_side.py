@@ -268,14 +268,13 @@ class SchedulerSide:
         vLLM leaves all of it under its hashes, also what requests computed that are gone since.
         """
         self.offload.discard_stores()
-        misled, spoilt = self._steps.spoilt_by(bad)
+        spoilt = self._steps.spoilt_by(bad)
         if self._pool is not None:
             self._pool.evict_blocks(spoilt)
-        for tracked in misled:
-            wrong = (n for ids in tracked.block_ids for n, i in enumerate(ids) if i in spoilt)
-            first = min(wrong, default=None)
-            if first is not None:
-                tracked.compute_again(first * self._block_tokens)
+        for tracked in self._tracked.values():
+            wrong = [n for ids in tracked.block_ids for n, i in enumerate(ids) if i in spoilt]
+            if wrong:
+                tracked.compute_again(min(wrong) * self._block_tokens)
         self._store_again()
 
     def _drop_preempted(self, output: SchedulerOutput) -> None:

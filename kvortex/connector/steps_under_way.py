@@ -41,31 +41,34 @@ class StepsUnderWay:
         while self._steps and self._steps[0][0] < step:
             self._steps.popleft()
 
-    def spoilt_by(self, bad: Iterable[int]) -> tuple[set[TrackedRequest], set[int]]:
-        """The requests that computed from bad blocks, and all blocks that hold wrong bytes now.
+    def spoilt_by(self, bad: Iterable[int]) -> set[int]:
+        """All blocks that hold wrong bytes by now.
 
         Args:
             bad: GPU blocks whose load failed for the first of the steps, or before it.
         """
-        misled: set[TrackedRequest] = set()
         spoilt = set(bad)
         for _, rows, _ in self._steps:
-            misled |= self._spread(rows, spoilt)
-        return misled, spoilt
+            self._spread(rows, spoilt)
+        return spoilt
 
-    def _spread(self, rows: list[Row], spoilt: set[int]) -> set[TrackedRequest]:
-        """Who computes from spoilt blocks in one step; what they write is spoilt in that step, too.
+    def _spread(self, rows: list[Row], spoilt: set[int]) -> None:
+        """What is computed from spoilt blocks is read by others in the very same step.
 
-        What others write is good, whatever was there before.
+        What is computed from none is good, whatever was there before.
         """
-        misled: set[TrackedRequest] = set()
-        right = rows
-        while wrong := [row for row in right if not spoilt.isdisjoint(self._read(row))]:
-            misled.update(row[0] for row in wrong)
+        wrong, right = self._split(rows, spoilt)
+        while wrong:
             spoilt.update(*map(self._written, wrong))
-            right = [row for row in right if row[0] not in misled]
+            wrong, right = self._split(right, spoilt)
         spoilt.difference_update(*map(self._written, right))
-        return misled
+
+    def _split(self, rows: list[Row], spoilt: set[int]) -> tuple[list[Row], list[Row]]:
+        """Those that read a spoilt block, and those that do not."""
+        split: tuple[list[Row], list[Row]] = [], []
+        for row in rows:
+            split[spoilt.isdisjoint(self._read(row))].append(row)
+        return split
 
     def _read(self, row: Row) -> list[int]:
         _, block_ids, first, _ = row

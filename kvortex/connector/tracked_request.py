@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvortex.core import BlockKey
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True)
 class TrackedRequest:
     """Its GPU blocks by KV cache group, and how many were considered for storing."""
 
@@ -62,14 +62,14 @@ class TrackedRequest:
             return [*self.keys(group, first - 1, last - 1)]
         return [None, *self.keys(group, 0, last - 1)]
 
-    def compute_again(self, num_tokens: int) -> None:
-        """Have vLLM compute again what lies behind so many tokens.
+    def compute_again(self, first: int) -> None:
+        """Have vLLM compute its tokens from `first` on again.
 
         vLLM itself lets all but the first of those that share a block go on behind it, and counts
         wrongly if it has planned a next step already.
         """
         request = self.request
-        request.num_computed_tokens = min(request.num_computed_tokens, num_tokens)
+        request.num_computed_tokens = min(request.num_computed_tokens, first)
         self.drop_output()
 
     def drop_output(self) -> None:
