@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvortex import KVortexConfig
-from kvortex.core import ConfigError, StepReport
+from kvortex.core import ConfigError, DiskReport, StepReport
 from kvortex.prefix_match import Reach
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from kvortex.connector.scheduler_side import SchedulerSide
 
 pytest.importorskip("vllm")
@@ -68,6 +70,36 @@ def test_whole_blocks_and_a_token_left() -> None:
     assert filled(side(), request(160)).match(request(160), 0) == (144, False)
     assert filled(side(), request(161)).match(request(161), 32) == (128, False)
     assert filled(side(), request(160)).match(request(160), 33) == (0, False)
+
+
+class Counted:
+    """Keys, and how often one was looked for."""
+
+    def __init__(self, keys: Container[bytes]) -> None:
+        self.lookups = 0
+        self._keys = keys
+
+    def __contains__(self, key: bytes) -> bool:
+        self.lookups += 1
+        return key in self._keys
+
+
+def test_a_prompt_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a disk, where only what is behind the last block in the host is looked for."""
+    asked = request(160)
+    keeper = filled(side(disk_path="/nowhere", disk_pool_gb=8.0), asked)
+    keeper.settle(told(StepReport(disk=DiskReport(survivors={}))))
+    overflow = keeper.offload.overflow
+    assert overflow is not None
+    host, both = Counted(keeper.offload.tier.readable), Counted(overflow.readable)
+    monkeypatch.setattr(keeper._loads, "_readable", host)
+    monkeypatch.setattr(type(overflow), "readable", both)
+    assert keeper.match(asked, 0) == (144, False)
+    assert (host.lookups, both.lookups) == (9, 0)
+    longer = request(320)
+    longer.request_id = "longer"
+    assert keeper.match(longer, 0) == (160, False)
+    assert (host.lookups, both.lookups) == (9 + 11, 1)
 
 
 @pytest.mark.parametrize(

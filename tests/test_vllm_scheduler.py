@@ -180,6 +180,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def reset(self, running: bool, connector: bool) -> None:
         """A successful one of both caches, as after which the weights may be others."""
         busy = bool(self.connector._scheduler._held) or self.loads_apart()
+        busy = busy or bool(self.flying)  # a step under way may still write to what is given up
         try:
             done = self.scheduler.reset_prefix_cache(running, connector)
         except RuntimeError:

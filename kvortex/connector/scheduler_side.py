@@ -130,6 +130,7 @@ class SchedulerSide:
         if self._prefetcher is not None and not request.skip_reading_prefix_cache:
             tracked = self._track(request)
             tracked.first = self._blocks_on_gpu(tracked)
+            self._loads.look(tracked)
             self._prefetcher.begin(tracked)
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -142,6 +143,7 @@ class SchedulerSide:
             return 0, False
         tracked = self._track(request)
         tracked.first = num_computed_tokens // self._block_tokens
+        self._loads.look(tracked)
         if self._prefetcher is not None and self._prefetcher.holds_back(tracked):
             return None, False
         return self._loads.choose(tracked), tracked.apart
@@ -280,7 +282,7 @@ class SchedulerSide:
     def _drop_preempted(self, output: SchedulerOutput) -> None:
         """vLLM keeps a token that it has not seen yet of a request that it preempts, even if it
         turns out to come from a failed load."""
-        if output.preempted_req_ids and self._steps.wait_for_loads:
+        if self._steps.wait_for_loads and output.preempted_req_ids:
             for request_id in output.preempted_req_ids & self._tracked.keys():
                 self._tracked[request_id].drop_output()
 

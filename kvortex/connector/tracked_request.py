@@ -26,6 +26,8 @@ class TrackedRequest:
     considered: int = 0
     first: int = 0
     """Blocks that were on the GPU when vLLM asked last."""
+    in_host: int = 0
+    """Blocks up to which the host could restore it then."""
     unpaid: int = 0
     """Tokens of a hit that it was told then to compute."""
     unfetched: int = 0
