@@ -10,7 +10,7 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
-from hypothesis import settings
+from hypothesis import seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -51,6 +51,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
 LONGEST_PROMPT = 28
 MANY_STEPS = 1000
+MOST_ROUNDS = 5
 picks = st.integers(0, 99)
 fails = st.sampled_from([None, None, 0, 1])
 rarely = st.sampled_from([False] * 5 + [True])
@@ -498,6 +499,22 @@ def machine_over(
     return type(f"SchedulerMachine_{num_ranks}", (kind,), members)
 
 
+def drive(
+    machine: type[SchedulerMachine], seen: Counter[str], steps: int, reached: list[str]
+) -> None:
+    """In rounds of examples, until each of these situations was reached.
+
+    What is drawn depends on what vLLM answers: what is rare does not come up in every version of it
+    at once.
+    """
+    for number in range(MOST_ROUNDS):
+        drawn = seed(number)(machine) if number else machine
+        run_state_machine_as_test(drawn, settings=settings(stateful_step_count=steps))
+        if all(seen[what] for what in reached):
+            return
+    assert [what for what in reached if not seen[what]] == []
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "overlap", "loads_fail", "late"),
     [
@@ -525,12 +542,11 @@ def test_the_scheduler_loads_only_what_all_ranks_stored(
     )
     for name in ("kvortex", "vllm"):
         caplog.set_level(logging.CRITICAL, name)
-    run_state_machine_as_test(machine, settings=settings(stateful_step_count=60))
     reached = ["loads", "stores", "evictions", "aborted RUNNING", "apart_loads"]
     reached += ["missed_never_stored", "missed_evicted"]
     reached += ["lost_slots"] if late else ["discarded_stores"]
     reached += [] if loads_fail or late else ["aborted WAITING_FOR_REMOTE_KVS"]
-    assert [what for what in reached if not seen[what]] == []
+    drive(machine, seen, 60, reached)
     assert bool(seen["failed_loads"]) is loads_fail
 
 
@@ -556,11 +572,10 @@ def test_requests_wait_for_the_disk_and_get_only_what_it_kept(
     )
     for name in ("kvortex", "vllm"):
         caplog.set_level(logging.CRITICAL, name)
-    run_state_machine_as_test(machine, settings=settings(stateful_step_count=40))
     reached = [f"held back, to {then}" for then in ("answer", "fail", "be late", "be left")]
     reached += ["held back, to be reset", "shared reads", "disk_late_reads", "disk_hit_tokens"]
     reached += ["disk_failed_reads", "disk_missed_writes"]
-    assert [what for what in reached if not seen[what]] == []
+    drive(machine, seen, 40, reached)
 
 
 @pytest.mark.parametrize(
