@@ -83,8 +83,10 @@ class TrackedRequest:
         if hasattr(request, "num_stale_output_tokens"):  # since vLLM 0.32
             request.drop_stale_output = True
             request.num_stale_output_tokens = request.num_in_flight_tokens
-        else:
-            request.async_tokens_to_discard = request.num_output_placeholders
+        else:  # counts outputs to come; that of the step just reported is among the placeholders
+            request.async_tokens_to_discard = min(
+                request.num_output_placeholders, request.num_in_flight_tokens
+            )
         request.num_output_placeholders = 0
 
     def most_loaded(self, num_tokens: int) -> int:
