@@ -21,13 +21,28 @@ INDEX := --torch-backend auto
 LEFT_OUT :=
 endif
 
-.PHONY: demo test soak docs lint clean
+# Another vLLM, of which only a CUDA build exists: its schedulers run over the extensions of .venv's.
+OTHER ?= 0.33.0
+SCHEDULER_TESTS := tests/test_vllm_scheduler.py tests/test_scheduler_side.py \
+	tests/test_steps_under_way.py tests/test_prefetcher.py tests/test_explanation.py
+
+.PHONY: demo test test-other soak docs lint clean
 
 demo: .venv/ready
 	@$(BIN)/kvortex demo $(ARGS)
 
 test: lint
 	$(BIN)/pytest $(ARGS)
+
+test-other: .other/$(OTHER)/ready
+	PYTHONPATH=$(CURDIR)/.other/$(OTHER) $(BIN)/pytest $(SCHEDULER_TESTS) $(ARGS)
+
+.other/$(OTHER)/ready: .venv/ready tests/other_vllm.py
+	rm -rf $(@D)
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(@D)/wheel vllm==$(OTHER)
+	$(BIN)/python tests/other_vllm.py $(@D)/wheel/*.whl $(@D)
+	rm -r $(@D)/wheel
+	@touch $@
 
 soak: .venv/ready
 	SOAK_SECONDS=$(or $(SECONDS_TO_RUN),600) $(BIN)/pytest --timeout 0 -s tests/test_soak.py $(ARGS)
@@ -51,4 +66,4 @@ lint: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .other site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -42,6 +42,7 @@ def longest_prefix(
     reaches: Sequence[Reach],
     first: int,
     block_tokens: int,
+    known: int = 0,
 ) -> int:
     """Number of blocks, at least `first`, up to which a prompt can be restored.
 
@@ -51,13 +52,15 @@ def longest_prefix(
         reaches: of each group.
         first: blocks that are on the GPU already.
         block_tokens: tokens of a block.
+        known: blocks up to which it can be restored anyway, as from fewer keys.
     """
+    known = max(first, known)
     end = first + len(keys[0])
     for of_group, reach in zip(keys, reaches, strict=True):
         if reach.whole:
-            end = min(end, first + _leading(readable, of_group))
+            end = min(end, known + _leading(readable, of_group[known - first :]))
     windows = [pair for pair in zip(keys, reaches, strict=True) if not pair[1].whole]
-    while end > first:
+    while end > known:
         for of_group, reach in windows:
             missing = _last_missing(readable, of_group, reach, first, end, block_tokens)
             if missing is not None:

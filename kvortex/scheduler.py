@@ -18,7 +18,7 @@ from kvortex.metrics import Counters, MissReason
 from kvortex.overflow import Overflow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from kvortex.block import Block
     from kvortex.core import BlockKey
@@ -152,10 +152,6 @@ class OffloadScheduler:
         if not blocks and request_id is None:
             return None
         return self._plan(Direction.LOAD, blocks, ids, request_id)
-
-    def lose(self, block_ids: Iterable[int]) -> None:
-        """Have GPU blocks reported as lost with the next plan."""
-        self._lost += block_ids
 
     def take_plan(
         self, has_forward: bool = True, by_layer: bool = False, step: int | None = None

@@ -231,6 +231,7 @@ class SimulatedRank:
         self._failed: set[int] = set()
         self._slots_to_tell: int | None = num_slots
         self._grows = ready_slots < num_slots
+        self._step: int | None = None
 
     def write(self, block: int, found: Print) -> None:
         """Bytes behind those written stay; they are right if they continue the same tokens."""
@@ -249,6 +250,7 @@ class SimulatedRank:
 
         A load that belongs to one request, which does not run, arrives when it ends.
         """
+        self._step = plan.step
         self._spoil(plan.lost_block_ids)
         self._misled = bool(plan.lost_block_ids)
         if self.disk is not None and plan.disk is not None:
@@ -317,6 +319,7 @@ class SimulatedRank:
             self._finished,
             frozenset(self._failed),
             self._slots_to_tell,
+            step=self._step,
             ready_slots=self.ready_slots if self._grows else None,
             disk=self.disk.report() if self.disk is not None else None,
         )
@@ -366,7 +369,7 @@ class SimulatedModel:
     """Runs a step on all ranks: reads every earlier token of a request and writes the new ones.
 
     What is not spoilt has to be right. `read_spoilt` are the requests that computed from spoilt
-    blocks in the last step: vLLM has to be told in that very step of the first of these blocks.
+    blocks in the last step: what they sampled must not be kept.
     """
 
     def __init__(self, ranks: list[SimulatedRank]) -> None:
@@ -376,16 +379,12 @@ class SimulatedModel:
         self._tables: dict[str, list[int]] = {}
         self._prompts: dict[str, list[int]] = {}
 
-    def run(self, output: SchedulerOutput, bad_blocks: set[int]) -> dict[str, list[int]]:
+    def run(self, output: SchedulerOutput) -> dict[str, list[int]]:
         """The token that each request got, if any."""
         rows = self._rows(output)
         self.read_spoilt = {row.request_id for row in rows if self._begins_in_spoilt(row)}
         for row in rows:
             self._write(row)
-        for row in rows:
-            read = self._spoilt_blocks(row)
-            assert read or row.request_id not in self.read_spoilt
-            assert bad_blocks.issuperset(read[:1]), "vLLM does not know that this is void"
         while spoilt := [row for row in rows if self._newly_spoilt(row)]:
             for row in spoilt:
                 self.read_spoilt.add(row.request_id)
@@ -425,16 +424,13 @@ class SimulatedModel:
             return False
         return any(self._is_spoilt(row, row.first // BLOCK, rank) for rank in self._ranks)
 
-    def _spoilt_blocks(self, row: _Row) -> list[int]:
-        """Those that it reads."""
-        return [
-            row.blocks[position]
-            for position in range(-(-row.first // BLOCK))
-            if any(self._is_spoilt(row, position, rank) for rank in self._ranks)
-        ]
-
     def _newly_spoilt(self, row: _Row) -> bool:
-        return row.request_id not in self.read_spoilt and bool(self._spoilt_blocks(row))
+        """Whether it reads what is spoilt, and was not known to do so."""
+        return row.request_id not in self.read_spoilt and any(
+            self._is_spoilt(row, position, rank)
+            for position in range(-(-row.first // BLOCK))
+            for rank in self._ranks
+        )
 
     def _is_spoilt(self, row: _Row, position: int, rank: SimulatedRank) -> bool:
         expected = row.expected(self.epoch, position, row.first)

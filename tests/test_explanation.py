@@ -86,6 +86,7 @@ def compute(keeper: SchedulerSide, asked: Any) -> list[int]:
     step: Any = SimpleNamespace(
         num_scheduled_tokens={asked.request_id: asked.num_tokens},
         total_num_scheduled_tokens=asked.num_tokens,
+        preempted_req_ids=set(),
         scheduled_new_reqs=[],
         scheduled_cached_reqs=cached,
     )

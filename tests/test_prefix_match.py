@@ -41,6 +41,9 @@ def test_same_as_trying_every_length(data: st.DataObject) -> None:
     readable = set(every) - missing
     expected = naive(readable, keys, reaches, first, size)
     assert longest_prefix(readable, keys, reaches, first, size) == expected
+    fewer = readable - data.draw(st.sets(st.sampled_from(every), max_size=4)) if every else set()
+    known = longest_prefix(fewer, keys, reaches, first, size)
+    assert longest_prefix(readable, keys, reaches, first, size, known) == expected
 
 
 def test_what_a_window_looks_back_to() -> None:

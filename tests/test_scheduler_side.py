@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvortex import KVortexConfig
-from kvortex.core import ConfigError, StepReport
+from kvortex.core import ConfigError, DiskReport, StepReport
 from kvortex.prefix_match import Reach
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from kvortex.connector.scheduler_side import SchedulerSide
 
 pytest.importorskip("vllm")
@@ -37,6 +39,9 @@ def request(tokens: int, params: dict[str, object] | None = None, number: int = 
         request_id=f"r{number}",
         num_tokens=tokens,
         num_computed_tokens=0,
+        num_in_flight_tokens=0,
+        num_stale_output_tokens=0,
+        num_output_placeholders=0,
         status=SimpleNamespace(name="FINISHED_ABORTED"),
         block_hashes=hashes,
         kv_transfer_params=params,
@@ -65,6 +70,36 @@ def test_whole_blocks_and_a_token_left() -> None:
     assert filled(side(), request(160)).match(request(160), 0) == (144, False)
     assert filled(side(), request(161)).match(request(161), 32) == (128, False)
     assert filled(side(), request(160)).match(request(160), 33) == (0, False)
+
+
+class Counted:
+    """Keys, and how often one was looked for."""
+
+    def __init__(self, keys: Container[bytes]) -> None:
+        self.lookups = 0
+        self._keys = keys
+
+    def __contains__(self, key: bytes) -> bool:
+        self.lookups += 1
+        return key in self._keys
+
+
+def test_a_prompt_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a disk, where only what is behind the last block in the host is looked for."""
+    asked = request(160)
+    keeper = filled(side(disk_path="/nowhere", disk_pool_gb=8.0), asked)
+    keeper.settle(told(StepReport(disk=DiskReport(survivors={}))))
+    overflow = keeper.offload.overflow
+    assert overflow is not None
+    host, both = Counted(keeper.offload.tier.readable), Counted(overflow.readable)
+    monkeypatch.setattr(keeper._loads, "_readable", host)
+    monkeypatch.setattr(type(overflow), "readable", both)
+    assert keeper.match(asked, 0) == (144, False)
+    assert (host.lookups, both.lookups) == (9, 0)
+    longer = request(320)
+    longer.request_id = "longer"
+    assert keeper.match(longer, 0) == (160, False)
+    assert (host.lookups, both.lookups) == (9 + 11, 1)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +212,7 @@ def planned(keeper: SchedulerSide, asked: Any, before: int, tokens: int) -> list
         total_num_scheduled_tokens=tokens,
         scheduled_new_reqs=[],
         scheduled_cached_reqs=cached,
+        preempted_req_ids=set(),
     )
     return [block for job in keeper.plan(step).stores for block in job.block_ids.tolist()]
 
@@ -189,7 +225,7 @@ def test_blocks_behind_a_window_belong_to_others() -> None:
     allocated(keeper, asked, [1, 2, 3, 4, 5, 6], 0)
     assert planned(keeper, asked, 0, 64) == [1, 2, 3, 4]
     keeper.offload.settle(StepReport({0: 1}, failed=frozenset({0})))
-    keeper._compute_again()
+    keeper._store_again()
     assert planned(keeper, asked, 64, 32) == [3, 4, 5, 6]
 
 
@@ -210,11 +246,12 @@ def test_another_connectors_failed_load_spoils_what_is_under_way() -> None:
     keeper.bind_gpu_block_pool(pool)
     keeper.match(asked, 0)
     allocated(keeper, asked, [1, 2, 3, 4, 5, 6], 0)
-    assert planned(keeper, asked, 0, 96) == [1, 2, 3, 4, 5, 6]
+    assert planned(keeper, asked, 32, 64) == [1, 2, 3, 4, 5, 6]
+    asked.num_computed_tokens = 96
     failed: Any = SimpleNamespace(invalid_block_ids={2}, kv_connector_worker_meta=None)
-    asked.num_computed_tokens = 16
     keeper.settle(failed)
     keeper.offload.settle(StepReport({0: 1}))
+    assert asked.num_computed_tokens == 16
     assert keeper.offload.tier.index.resident == 0
     assert keeper._tracked[asked.request_id].considered == 1
     assert pool.evicted == {2, 3, 4, 5, 6}

@@ -10,12 +10,13 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -50,6 +51,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
 LONGEST_PROMPT = 28
 MANY_STEPS = 1000
+MOST_ROUNDS = 5
 picks = st.integers(0, 99)
 fails = st.sampled_from([None, None, 0, 1])
 rarely = st.sampled_from([False] * 5 + [True])
@@ -121,7 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.prefixes: dict[bytes, tuple[int, ...]] = {}
         self.forgotten = 0
         self.steps = 0
-        self.flying: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.flying: deque[tuple[SchedulerOutput, ModelRunnerOutput, set[str]]] = deque()
 
     # What users do
 
@@ -149,6 +151,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request in past:
             self.add([*request.all_token_ids, *more], max_tokens)
 
+    @precondition(lambda self: self.loads_fail)
+    @rule(
+        who=st.lists(picks, min_size=1, max_size=3),
+        more=st.lists(st.integers(0, 4), max_size=5),
+        fails=st.lists(fails, min_size=1, max_size=4),
+        midway=st.one_of(st.none(), picks),
+    )
+    def come_back_to_failures(
+        self, who: list[int], more: list[int], fails: list[int | None], midway: int | None
+    ) -> None:
+        """With others behind that share what is loaded, and tokens to compute from it."""
+        self.come_back(who, more, 4, lost=True)
+        self.come_back(who[:1], [*more, 1], 4, lost=False)
+        for number, fail in enumerate(fails):
+            self.step(fail, midway if number == 0 else None)
+
     @rule(pick=picks)
     def abort(self, pick: int) -> None:
         from vllm.v1.request import RequestStatus
@@ -163,6 +181,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def reset(self, running: bool, connector: bool) -> None:
         """A successful one of both caches, as after which the weights may be others."""
         busy = bool(self.connector._scheduler._held) or self.loads_apart()
+        busy = busy or bool(self.flying)  # a step under way may still write to what is given up
         try:
             done = self.scheduler.reset_prefix_cache(running, connector)
         except RuntimeError:
@@ -193,7 +212,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             fails_on = fail % self.num_ranks if self.loads_fail and fail is not None else None
-            self.flying.append((output, self.execute(output, fails_on)))
+            result = self.execute(output, fails_on)
+            self.flying.append((output, result, self.model.read_spoilt))
             if midway is not None:
                 self.abort(midway)
             if self.overlap and len(self.flying) < 2 and output.total_num_scheduled_tokens:
@@ -248,7 +268,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for number, rank in enumerate(self.ranks):
             rank.begin(plan, number == fails_on)
         bad_blocks = {block for rank in self.ranks for block in rank.bad_blocks}
-        sampled = self.model.run(output, bad_blocks)
+        sampled = self.model.run(output)
+        untold = [result for _, result, _ in self.flying if invalid_blocks(result)]
+        assert bad_blocks or untold or not self.model.read_spoilt, "this should be computed again"
         for rank in self.ranks:
             rank.store(plan)
             rank.take_bad_blocks()
@@ -279,8 +301,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.steps == 30:
             self.ranks[0].run_out()
 
-    def update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
-        lengths = {name: self.named(name).num_tokens for name in self.model.read_spoilt}
+    def update(
+        self, output: SchedulerOutput, result: ModelRunnerOutput, read_spoilt: set[str]
+    ) -> None:
+        """No token is kept that was computed from a failed load."""
+        lengths = {name: self.named(name).num_tokens for name in read_spoilt}
         self.scheduler.update_from_output(output, result)
         assert lengths == {name: self.named(name).num_tokens for name in lengths}
 
@@ -436,6 +461,11 @@ class DiskMachine(SchedulerMachine):
         return fetch is not None and fetch.under_way
 
 
+def invalid_blocks(result: ModelRunnerOutput) -> set[int]:
+    assert result.kv_connector_output is not None
+    return set(result.kv_connector_output.invalid_block_ids)
+
+
 def machine_over(
     folder: Path,
     num_ranks: int,
@@ -469,6 +499,22 @@ def machine_over(
     return type(f"SchedulerMachine_{num_ranks}", (kind,), members)
 
 
+def drive(
+    machine: type[SchedulerMachine], seen: Counter[str], steps: int, reached: list[str]
+) -> None:
+    """In rounds of examples, until each of these situations was reached.
+
+    What is drawn depends on what vLLM answers: what is rare does not come up in every version of it
+    at once.
+    """
+    for number in range(MOST_ROUNDS):
+        drawn = seed(number)(machine) if number else machine
+        run_state_machine_as_test(drawn, settings=settings(stateful_step_count=steps))
+        if all(seen[what] for what in reached):
+            return
+    assert [what for what in reached if not seen[what]] == []
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "overlap", "loads_fail", "late"),
     [
@@ -476,6 +522,8 @@ def machine_over(
         pytest.param(1, False, True, False, id="loads-fail"),
         pytest.param(2, False, True, False, id="two-ranks-loads-fail"),
         pytest.param(3, True, False, False, id="three-ranks-overlapping-steps"),
+        pytest.param(1, True, True, False, id="loads-fail-overlapping-steps"),
+        pytest.param(2, True, True, False, id="two-ranks-loads-fail-overlapping-steps"),
         pytest.param(2, True, False, True, id="slots-come-late"),
     ],
 )
@@ -494,27 +542,20 @@ def test_the_scheduler_loads_only_what_all_ranks_stored(
     )
     for name in ("kvortex", "vllm"):
         caplog.set_level(logging.CRITICAL, name)
-    run_state_machine_as_test(machine, settings=settings(stateful_step_count=60))
     reached = ["loads", "stores", "evictions", "aborted RUNNING", "apart_loads"]
     reached += ["missed_never_stored", "missed_evicted"]
     reached += ["lost_slots"] if late else ["discarded_stores"]
     reached += [] if loads_fail or late else ["aborted WAITING_FOR_REMOTE_KVS"]
-    assert [what for what in reached if not seen[what]] == []
+    drive(machine, seen, 60, reached)
     assert bool(seen["failed_loads"]) is loads_fail
-
-
-ONE_STEP = pytest.mark.xfail(
-    strict=False,
-    reason="where requests share what one of them computes in the step in which its load fails, a "
-    "rare draw has one go on in a block of its own that was computed from that",
-)
 
 
 @pytest.mark.parametrize(
     ("num_ranks", "overlap", "loads_fail", "disk_slots"),
     [
-        pytest.param(1, False, True, 40, id="loads-fail", marks=ONE_STEP),
+        pytest.param(1, False, True, 40, id="loads-fail"),
         pytest.param(2, True, False, 12, id="two-ranks-overlapping-steps"),
+        pytest.param(1, True, True, 40, id="loads-fail-overlapping-steps"),
     ],
 )
 def test_requests_wait_for_the_disk_and_get_only_what_it_kept(
@@ -531,12 +572,10 @@ def test_requests_wait_for_the_disk_and_get_only_what_it_kept(
     )
     for name in ("kvortex", "vllm"):
         caplog.set_level(logging.CRITICAL, name)
-    phases = [phase for phase in Phase if not (loads_fail and phase is Phase.shrink)]
-    run_state_machine_as_test(machine, settings=settings(stateful_step_count=40, phases=phases))
     reached = [f"held back, to {then}" for then in ("answer", "fail", "be late", "be left")]
     reached += ["held back, to be reset", "shared reads", "disk_late_reads", "disk_hit_tokens"]
     reached += ["disk_failed_reads", "disk_missed_writes"]
-    assert [what for what in reached if not seen[what]] == []
+    drive(machine, seen, 40, reached)
 
 
 @pytest.mark.parametrize(
@@ -562,50 +601,126 @@ def test_what_only_the_scheduler_can_refuse_is_one_line_in_the_log(
     assert line.startswith(f"KVortex cannot start: {reason}")
 
 
-@pytest.mark.parametrize("aborted", [None, 0, 1])
-def test_a_failed_load_is_computed_again_though_the_first_to_share_it_is_gone(
-    aborted: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """vLLM has only the first of two that share blocks compute them again."""
+@pytest.fixture
+def failing(
+    request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> SchedulerMachine:
+    """Of one rank, whose loads fail when told to; the parameter is whether steps overlap."""
     for name in ("kvortex", "vllm"):
         caplog.set_level(logging.CRITICAL, name)
-    seen = Counter[str]()
-    machine = machine_over(tmp_path, 1, seen, overlap=False, loads_fail=True)()
-    machine.open(20, 40, 0, 64, "lru", "always", apart=False)
+    return machine_over(tmp_path, 1, Counter(), overlap=request.param, loads_fail=True)()
+
+
+either_way = pytest.mark.parametrize(
+    "failing", [pytest.param(False, id="one-step"), pytest.param(True, id="overlap")], indirect=True
+)
+
+
+@either_way
+@pytest.mark.parametrize("aborted", [None, 0, 1])
+def test_all_who_share_a_failed_load_compute_it_again(
+    aborted: int | None, failing: SchedulerMachine
+) -> None:
+    """vLLM would have only the first of them do so, which may be gone by then."""
+    failing.open(20, 40, 0, 64, "lru", "always", apart=False)
     prompt = continued([1], 20)
-    machine.add(prompt, 1)
-    machine.go_on(3, end=True)
-    machine.reset(running=False, connector=False)
-    machine.add(prompt, 4)
-    machine.add([*prompt, 0], 4)
-    machine.step(fail=0)
-    assert seen["bad"] == 1
+    failing.add(prompt, 1)
+    failing.go_on(3, end=True)
+    failing.reset(running=False, connector=False)
+    failing.add(prompt, 4)
+    failing.add([*prompt, 0], 4)
+    failing.step(fail=0)
     if aborted is not None:
-        machine.abort(aborted)
-    machine.teardown()
-    assert sum(request.status.name == "FINISHED_ABORTED" for request in machine.requests) == (
+        failing.abort(aborted)
+    failing.teardown()
+    assert failing.seen["bad"] == 1
+    assert failing.seen["failed_loads"] == 4
+    assert sum(request.status.name == "FINISHED_ABORTED" for request in failing.requests) == (
         aborted is not None
     )
-    assert seen["bad"] == 1 + (aborted == 0)
 
 
+@either_way
+def test_who_waits_apart_behind_a_failed_load_of_another_computes_it_again(
+    failing: SchedulerMachine,
+) -> None:
+    failing.open(20, 40, 0, 64, "lru", "always", apart=True)
+    prompt = continued([1], 25)
+    failing.add(prompt, 1)
+    failing.go_on(3, end=True)
+    failing.reset(running=False, connector=False)
+    failing.add(prompt[:21], 1)
+    failing.add(prompt, 4)
+    failing.add([*prompt, 0], 4)
+    failing.step(fail=0)
+    waiting = [request.status.name for request in failing.requests[2:]]
+    assert waiting == ["WAITING_FOR_REMOTE_KVS"] * 2
+    failing.abort(0)
+    failing.teardown()
+    assert failing.seen["failed_loads"] == 5 + 1 + 1
+
+
+@either_way
 def test_what_an_aborted_request_computed_from_a_failed_load_is_found_by_nobody(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    failing: SchedulerMachine,
 ) -> None:
     """vLLM leaves it in its cache, behind a block that others compute again."""
+    failing.open(14, 8, 0, 5, "lru", "always", apart=False)
+    failing.arrive(0, 16, [], 4)
+    failing.come_back([0], [0], 4, lost=True)
+    failing.come_back([0, 0], [], 4, lost=True)
+    for _ in range(2):
+        failing.abort(0)
+    failing.come_back([0], [], 4, lost=True)
+    failing.step(fail=0, midway=0)
+    assert failing.seen["bad"] == 1
+    failing.come_back([0, 1], [], 4, lost=False)
+    failing.come_back([0], [], 4, lost=True)
+    failing.teardown()
+
+
+@pytest.mark.parametrize("failing", [True], indirect=True)
+def test_nothing_is_kept_of_who_is_preempted_before_its_load_is_known_to_have_failed(
+    failing: SchedulerMachine,
+) -> None:
+    """vLLM delivers what a step under way samples for a request that the next one preempts."""
+    failing.open(14, 40, 0, 64, "lru", "always", apart=False)
+    prompt = continued([1], 24)
+    failing.add(prompt, 1)
+    failing.go_on(3, end=True)
+    failing.reset(running=False, connector=False)
+    failing.add(continued([2], 24), 8)
+    failing.add(prompt, 4)  # they fill twelve of thirteen blocks, and each is about to need one
+    failing.step(fail=0)
+    assert failing.seen["bad"] == 1
+    failing.step()
+    assert failing.requests[-1].status.name == "PREEMPTED"
+    failing.teardown()
+
+
+def test_a_load_apart_that_fails_leaves_others_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its blocks may have been those of requests that are gone, whose others have new owners."""
     for name in ("kvortex", "vllm"):
         caplog.set_level(logging.CRITICAL, name)
     seen = Counter[str]()
-    machine = machine_over(tmp_path, 1, seen, overlap=False, loads_fail=True)()
-    machine.open(14, 8, 0, 5, "lru", "always", apart=False)
+    machine = machine_over(tmp_path, 1, seen, overlap=False, loads_fail=True, disk_slots=40)()
+    assert isinstance(machine, DiskMachine)
+    machine.open(14, 24, 0, 16, "lru", "always", apart=True)
     machine.arrive(0, 16, [], 4)
-    machine.come_back([0], [0], 4, lost=True)
-    machine.come_back([0, 0], [], 4, lost=True)
-    for _ in range(2):
-        machine.abort(0)
-    machine.come_back([0], [], 4, lost=True)
-    machine.step(fail=0, midway=0)
+    machine.step(midway=0)
+    machine.arrive(0, 16, [], 4)
+    machine.arrive(1, 16, [], 4)
+    machine.come_back_to_disk([0, 0, 98], [0], 1, "answer", 0)
+    machine.go_on(2, end=False)
+    machine.end_all()
+    machine.arrive(2, 3, [], 4)
+    machine.go_on(2, end=False, fail=0)
     assert seen["bad"] == 1
-    machine.come_back([0, 1], [], 4, lost=False)
-    machine.come_back([0], [], 4, lost=True)
+    computed = {name: request.num_tokens for name, request in machine.scheduler.requests.items()}
+    running = list(machine.scheduler.running)
+    machine.step()
+    assert len(running) == 3
+    assert all(one.num_tokens == computed[one.request_id] + 1 for one in running)
     machine.teardown()

@@ -48,9 +48,16 @@ class LoadPlanner:
         self._under_way = 0.0
         self._awaited = 0.0
 
+    def look(self, tracked: TrackedRequest) -> None:
+        """Find how far the host can restore a request, for what is asked of it next."""
+        keys = self._wanted(tracked)
+        tracked.in_host = longest_prefix(
+            self._readable, keys, self._reaches, tracked.first, self._block_tokens
+        )
+
     def choose(self, tracked: TrackedRequest) -> int:
         """Tokens to load after the blocks that are on the GPU; it notes why, and how."""
-        end = self._readable_end(tracked, self._readable)
+        end = tracked.in_host
         num_tokens = (end - tracked.first) * self._block_tokens
         starts = (self._start(reach, tracked.first, end) for reach in self._reaches)
         loaded = self.tokens(sum(end - start for start in starts))
@@ -66,8 +73,18 @@ class LoadPlanner:
 
         Returns the keys, and the key before each where it is of no use without that.
         """
-        end = self._readable_end(tracked, overflow.readable)
-        more = (end - self._readable_end(tracked, self._readable)) * self._block_tokens
+        tracked.unfetched = 0
+        end = longest_prefix(
+            overflow.readable,
+            self._wanted(tracked),
+            self._reaches,
+            tracked.first,
+            self._block_tokens,
+            tracked.in_host,
+        )
+        if end == tracked.in_host:
+            return [], []
+        more = (end - tracked.in_host) * self._block_tokens
         keys: list[BlockKey] = []
         parents: list[BlockKey | None] = []
         for group, reach in enumerate(self._reaches):
@@ -76,10 +93,10 @@ class LoadPlanner:
             keys += of_group
             parents += tracked.parents(group, start, end) if reach.whole else [None] * len(of_group)
         on_disk = sum(key not in self._readable for key in keys)
-        seconds = overflow.read_seconds(on_disk)
-        pays = more > 0 and self._pays(more, self.tokens(on_disk), seconds)
-        tracked.unfetched = 0 if pays else more
-        return (keys, parents) if pays else ([], [])
+        if self._pays(more, self.tokens(on_disk), overflow.read_seconds(on_disk)):
+            return keys, parents
+        tracked.unfetched = more
+        return [], []
 
     def blocks(self, tracked: TrackedRequest, num_tokens: int) -> tuple[list[BlockKey], list[int]]:
         """What every group needs of so many tokens, by key, and the GPU blocks for it."""
@@ -119,11 +136,10 @@ class LoadPlanner:
             return True
         return self._costs.pays(num_tokens, loaded, self._under_way, read_seconds)
 
-    def _readable_end(self, tracked: TrackedRequest, readable: Container[BlockKey]) -> int:
-        """The block up to which a request can be restored from what is readable."""
+    def _wanted(self, tracked: TrackedRequest) -> list[list[BlockKey]]:
+        """Of each group, the keys of the blocks that may be loaded."""
         last = tracked.most_loaded(tracked.request.num_tokens - 1) // self._block_tokens
-        keys = [tracked.keys(group, tracked.first, last) for group in range(len(self._reaches))]
-        return longest_prefix(readable, keys, self._reaches, tracked.first, self._block_tokens)
+        return [tracked.keys(group, tracked.first, last) for group in range(len(self._reaches))]
 
     def _waits_apart(self, loaded: float) -> bool:
         """Whether others would be held up by a step that waits for this load."""

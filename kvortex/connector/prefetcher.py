@@ -46,6 +46,7 @@ class Prefetcher:
         keys, parents = self._loads.beyond_host(tracked, self._overflow)
         if keys:
             self._overflow.fetch(request_id, keys, parents)
+            self._loads.look(tracked)  # others have left the host to make room
 
     def holds_back(self, tracked: TrackedRequest) -> bool:
         """Whether the request had better be asked about again in a later step."""

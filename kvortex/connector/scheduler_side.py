@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex.config import slots_in_pool
-from kvortex.connector.bad_blocks import BadBlocks
 from kvortex.connector.explanation import explain
 from kvortex.connector.host_events import HostEvents
 from kvortex.connector.load_planner import LoadPlanner
 from kvortex.connector.messages import ReportMessage
 from kvortex.connector.prefetcher import Prefetcher
+from kvortex.connector.steps_under_way import StepsUnderWay
 from kvortex.connector.tracked_request import TrackedRequest
-from kvortex.core import Direction, StepPlan
+from kvortex.core import Direction, StepPlan, StepReport
 from kvortex.cost_model import CostModel
 from kvortex.disk import disk_slots_in_pool
 from kvortex.metrics import Gauges, MissReason
@@ -41,12 +39,11 @@ if TYPE_CHECKING:
     from kvortex.config import KVortexConfig
     from kvortex.connector.explanation import Explanation
     from kvortex.connector.geometry import Geometry
+    from kvortex.connector.steps_under_way import Row
     from kvortex.core import BlockKey
 
 logger = logging.getLogger(__name__)
 
-STEPS_UNDER_WAY = 16
-"""The most steps that vLLM plans ahead of the report of one: a pipeline's stages."""
 FAILED_STATUS = "FINISHED_ERROR"
 
 
@@ -90,12 +87,10 @@ class SchedulerSide:
         self._block_tokens = geometry.block_tokens
         self._pool: BlockPool | None = None
         self._tracked: dict[str, TrackedRequest] = {}
-        self._gone: deque[list[list[list[int]]]] = deque([[]], STEPS_UNDER_WAY)
-        """GPU blocks of the requests that ended between each of the last reports and the next."""
         self._held: dict[int, list[KVCacheBlock]] = {}
         self._clock = StepClock()
         self._recorder = _open_recorder(config, geometry)
-        self._bad = BadBlocks(geometry.block_tokens)
+        self._steps = StepsUnderWay(geometry.block_tokens)
         self._store_bytes_per_s: float | None = None
 
     def tell_events(self) -> HostEvents:
@@ -135,6 +130,7 @@ class SchedulerSide:
         if self._prefetcher is not None and not request.skip_reading_prefix_cache:
             tracked = self._track(request)
             tracked.first = self._blocks_on_gpu(tracked)
+            self._loads.look(tracked)
             self._prefetcher.begin(tracked)
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -147,6 +143,7 @@ class SchedulerSide:
             return 0, False
         tracked = self._track(request)
         tracked.first = num_computed_tokens // self._block_tokens
+        self._loads.look(tracked)
         if self._prefetcher is not None and self._prefetcher.holds_back(tracked):
             return None, False
         return self._loads.choose(tracked), tracked.apart
@@ -173,15 +170,22 @@ class SchedulerSide:
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """Plan to store every block that this step completes."""
-        steps = list(self._advance(output))
-        if self._bad:
-            self._report_again(steps)
-        self._store([row for step in steps for row in self._completed(*step)])
+        rows = list(self._advance(output))
+        self._store(
+            [
+                block
+                for tracked, _, before, after in rows
+                for block in self._completed(tracked, before, after)
+            ]
+        )
+        self._drop_preempted(output)
         num_tokens = output.total_num_scheduled_tokens
         self._loads.running = len(output.num_scheduled_tokens)
         awaited = self._loads.take_awaited()
         # A step without tokens says nothing, and one that waits for a load nothing of prefill.
         step = self._clock.begin(0 if awaited else num_tokens) if num_tokens else None
+        if step is not None:
+            self._steps.begin(step, rows, waits=awaited > 0)
         by_layer = awaited > 0 and self.costs.hides(awaited, num_tokens)
         return self.offload.take_plan(num_tokens > 0, by_layer, step)
 
@@ -192,8 +196,6 @@ class SchedulerSide:
         """
         tracked = self._tracked.pop(request.request_id, None)
         self._end_fetch(request.request_id)
-        if tracked is not None:
-            self._gone[-1].append(tracked.block_ids)
         if tracked is not None and request.status.name != FAILED_STATUS:
             computed = min(request.num_computed_tokens, tracked.computed)
             self._store(list(self._completed(tracked, computed, computed)))
@@ -201,24 +203,20 @@ class SchedulerSide:
 
     def settle(self, output: KVConnectorOutput) -> None:
         """Take in the workers' report of a step."""
-        if output.invalid_block_ids:  # maybe of another connector's load, beside this one
-            self.offload.discard_stores()
-            spoilt = self._spoilt_by(output.invalid_block_ids)
-            self._bad.add(spoilt)
-            if self._pool is not None:
-                self._pool.evict_blocks(spoilt)
-            self._compute_again()
-        self._gone.append([])
         message = output.kv_connector_worker_meta
-        if not isinstance(message, ReportMessage):
-            return
-        if message.report.step is not None:
-            self.costs.observe_step(*self._clock.end(message.report.step))
-        if message.report.load_bytes_per_s is not None:
-            self.costs.load_bytes_per_s = message.report.load_bytes_per_s
-        if message.report.store_bytes_per_s is not None:
-            self._store_bytes_per_s = message.report.store_bytes_per_s
-        for flight in self.offload.settle(message.report):
+        report = message.report if isinstance(message, ReportMessage) else StepReport()
+        if report.step is not None:
+            self._steps.drop_before(report.step)
+        if output.invalid_block_ids:  # maybe of another connector's load, beside this one
+            self._spoil(output.invalid_block_ids)
+        if report.step is not None:
+            self._steps.drop_before(report.step + 1)
+            self.costs.observe_step(*self._clock.end(report.step))
+        if report.load_bytes_per_s is not None:
+            self.costs.load_bytes_per_s = report.load_bytes_per_s
+        if report.store_bytes_per_s is not None:
+            self._store_bytes_per_s = report.store_bytes_per_s
+        for flight in self.offload.settle(report):
             if flight.direction is Direction.STORE:
                 self._release(flight.job.id)
                 continue
@@ -226,7 +224,7 @@ class SchedulerSide:
             if flight.failed:
                 lost = round(self._loads.tokens(len(flight.blocks)))
                 self.offload.counters.miss(MissReason.FAILED, lost)
-                self._compute_again()
+                self._store_again()
 
     def reset(self) -> None:
         """Forget everything, and store nothing more of what was computed before."""
@@ -261,37 +259,34 @@ class SchedulerSide:
     def _load(self, tracked: TrackedRequest, num_tokens: int) -> None:
         """Plan to fill what every group needs of the tokens after the first missing block."""
         keys, block_ids = self._loads.blocks(tracked, num_tokens)
-        self._bad.discard(block_ids)
         request_id = tracked.request.request_id if tracked.apart else None
         job = self.offload.load(keys, block_ids, request_id)
         if job is not None:
             self._loads.began(job)
 
-    def _spoilt_by(self, bad: set[int]) -> set[int]:
-        """The blocks that failed to load, and those that may have been computed from them.
+    def _spoil(self, bad: set[int]) -> None:
+        """Loads failed: nobody is to find or store, and all compute again, what comes of them.
 
-        vLLM leaves both under their hashes, as they are to be computed again; until they are, or
-        where that is cut short, others would compute from wrong bytes. That goes for those of a
-        request, too, that was aborted since it computed them.
+        vLLM leaves all of it under its hashes, also what requests computed that are gone since.
         """
-        spoilt = set(bad)
-        there = (tracked.block_ids for tracked in self._tracked.values())
-        for block_ids in itertools.chain(there, *self._gone):
-            for ids in block_ids:
-                first = next((n for n, block_id in enumerate(ids) if block_id in bad), len(ids))
-                spoilt.update(ids[first:])
-        return spoilt
+        self.offload.discard_stores()
+        spoilt = self._steps.spoilt_by(bad)
+        if self._pool is not None:
+            self._pool.evict_blocks(spoilt)
+        for tracked in self._tracked.values():
+            wrong = [n for ids in tracked.block_ids for n, i in enumerate(ids) if i in spoilt]
+            if wrong:
+                tracked.compute_again(min(wrong) * self._block_tokens)
+        self._store_again()
 
-    def _report_again(self, steps: list[tuple[TrackedRequest, int, int]]) -> None:
-        """Have vLLM hear once more of bad blocks that this step reads; what it computes is void."""
-        for tracked, before, after in steps:
-            for ids in tracked.block_ids:
-                self._bad.compute(tracked.request.request_id, ids, before, after)
-        for tracked, before, _ in steps:
-            for ids in tracked.block_ids:
-                self.offload.lose(self._bad.read(tracked.request.request_id, ids, before))
+    def _drop_preempted(self, output: SchedulerOutput) -> None:
+        """vLLM keeps a token that it has not seen yet of a request that it preempts, even if it
+        turns out to come from a failed load."""
+        if self._steps.wait_for_loads and output.preempted_req_ids:
+            for request_id in output.preempted_req_ids & self._tracked.keys():
+                self._tracked[request_id].drop_output()
 
-    def _compute_again(self) -> None:
+    def _store_again(self) -> None:
         """A load failed: what vLLM computes once more is to be stored like new, and only that."""
         for tracked in self._tracked.values():
             computed = tracked.request.num_computed_tokens // self._block_tokens
@@ -322,7 +317,7 @@ class SchedulerSide:
                 return number
         return len(tracked.request.block_hashes)
 
-    def _advance(self, output: SchedulerOutput) -> Iterator[tuple[TrackedRequest, int, int]]:
+    def _advance(self, output: SchedulerOutput) -> Iterator[Row]:
         """Each scheduled request, with how many tokens are computed before this step and after."""
         scheduled = output.num_scheduled_tokens
         for new in output.scheduled_new_reqs:
@@ -331,7 +326,7 @@ class SchedulerSide:
                 tracked.block_ids = [list(ids) for ids in new.block_ids]
                 before = new.num_computed_tokens
                 tracked.computed = before + scheduled[new.req_id]
-                yield tracked, before, tracked.computed
+                yield tracked, tracked.block_ids, before, tracked.computed
         cached = output.scheduled_cached_reqs
         rows = zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
         for request_id, block_ids, before in rows:
@@ -343,7 +338,7 @@ class SchedulerSide:
             for group, new_ids in enumerate(block_ids or ()):
                 tracked.block_ids[group] += new_ids
             tracked.computed = before + scheduled[request_id]
-            yield tracked, before, tracked.computed
+            yield tracked, tracked.block_ids, before, tracked.computed
 
     def _completed(
         self, tracked: TrackedRequest, before: int, after: int

@@ -26,6 +26,8 @@ class TrackedRequest:
     considered: int = 0
     first: int = 0
     """Blocks that were on the GPU when vLLM asked last."""
+    in_host: int = 0
+    """Blocks up to which the host could restore it then."""
     unpaid: int = 0
     """Tokens of a hit that it was told then to compute."""
     unfetched: int = 0
@@ -61,6 +63,31 @@ class TrackedRequest:
         if first:
             return [*self.keys(group, first - 1, last - 1)]
         return [None, *self.keys(group, 0, last - 1)]
+
+    def compute_again(self, first: int) -> None:
+        """Have vLLM compute its tokens from `first` on again.
+
+        vLLM itself lets all but the first of those that share a block go on behind it, and counts
+        wrongly if it has planned a next step already.
+        """
+        request = self.request
+        request.num_computed_tokens = min(request.num_computed_tokens, first)
+        self.drop_output()
+
+    def drop_output(self) -> None:
+        """Have vLLM forget what the steps under way sample for this request.
+
+        Its scheduler does the same where it preempts all of them to reset its cache.
+        """
+        request = self.request
+        if hasattr(request, "num_stale_output_tokens"):  # since vLLM 0.32
+            request.drop_stale_output = True
+            request.num_stale_output_tokens = request.num_in_flight_tokens
+        else:  # counts outputs to come; that of the step just reported is among the placeholders
+            request.async_tokens_to_discard = min(
+                request.num_output_placeholders, request.num_in_flight_tokens
+            )
+        request.num_output_placeholders = 0
 
     def most_loaded(self, num_tokens: int) -> int:
         """How many leading tokens of so many may be loaded."""
