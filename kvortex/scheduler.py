@@ -65,7 +65,7 @@ class OffloadScheduler:
             self.overflow = Overflow(
                 tier, disk, self.counters, num_ranks, self._block_bytes, disk_write_bytes_per_s
             )
-            self.overflow.on_bad_read = self._note_failed
+            self.overflow.fetches.on_bad_read = self._note_failed
             disk.on_evict.append(self._note_evicted)
         self._num_ranks = num_ranks
         self._flights: dict[int, Flight] = {}
@@ -96,7 +96,7 @@ class OffloadScheduler:
             self.counters.not_admitted += 1
             self._absences.note(key, MissReason.NOT_ADMITTED)
         elif self.overflow is not None:
-            self.overflow.consider(key, place)
+            self.overflow.write_behind.consider(key, place)
         return admitted
 
     def why_missing(self, key: BlockKey) -> MissReason:
@@ -127,7 +127,7 @@ class OffloadScheduler:
         self.counters.evicted_blocks = self.tier.evictions
         self.counters.refused_stores += len(keys) - len(blocks)
         if self.overflow is not None:
-            self.overflow.miss(keys[len(blocks) :])
+            self.overflow.write_behind.miss(keys[len(blocks) :])
         for key in keys[len(blocks) :]:
             self._absences.note(key, MissReason.NO_SLOT)
         return self._plan(Direction.STORE, blocks, block_ids[: len(blocks)]) if blocks else None
@@ -276,7 +276,7 @@ class OffloadScheduler:
             return
         self.tier.abort(flight.blocks)
         if self.overflow is not None:
-            self.overflow.miss(block.key for block in flight.blocks)
+            self.overflow.write_behind.miss(block.key for block in flight.blocks)
         if flight.failed:
             self.counters.failed_stores += len(flight.blocks)
             for block in flight.blocks:

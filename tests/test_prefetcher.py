@@ -96,7 +96,7 @@ def allocated(keeper: SchedulerSide, asked: Any, external: int) -> None:
 
 
 def nothing_is_held(keeper: SchedulerSide, overflow: Overflow) -> bool:
-    return overflow._room == overflow._most_held and not keeper._prefetcher._since  # type: ignore[union-attr]
+    return overflow.fetches._room == overflow.fetches._most_held and not keeper._prefetcher._since  # type: ignore[union-attr]
 
 
 def test_a_request_is_held_back_until_its_blocks_are_in_the_host(clock: Clock) -> None:
@@ -219,7 +219,7 @@ def test_what_takes_longer_to_read_than_to_compute_is_not_fetched(clock: Clock) 
     on_disk(keeper, asked)
     keeper.costs.prefill_tokens_per_s, keeper.costs.load_bytes_per_s = 10_000, 1e12
     for speed, held_back in ((1e6, False), (1e12, True)):
-        overflow._read_bytes_per_s = speed
+        overflow.fetches._bytes_per_s = speed
         assert (keeper.match(asked, 0)[0] is None) is held_back
 
 

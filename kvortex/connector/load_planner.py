@@ -76,7 +76,7 @@ class LoadPlanner:
             keys += of_group
             parents += tracked.parents(group, start, end) if reach.whole else [None] * len(of_group)
         on_disk = sum(key not in self._readable for key in keys)
-        seconds = overflow.read_seconds(on_disk)
+        seconds = overflow.fetches.seconds(on_disk)
         pays = more > 0 and self._pays(more, self.tokens(on_disk), seconds)
         tracked.unfetched = 0 if pays else more
         return (keys, parents) if pays else ([], [])

@@ -127,7 +127,9 @@ class SchedulerSide:
             store_bytes_per_second=self._store_bytes_per_s or 0.0,
             disk_slots=disk.index.num_slots if disk is not None else 0,
             disk_resident_slots=disk.index.resident if disk is not None else 0,
-            disk_read_bytes_per_second=overflow.read_bytes_per_s if overflow is not None else 0.0,
+            disk_read_bytes_per_second=overflow.fetches.bytes_per_s
+            if overflow is not None
+            else 0.0,
         )
 
     def arrived(self, request: Request) -> None:
