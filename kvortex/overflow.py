@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvortex.core import DiskPlan, DiskReport
 from kvortex.fetches import Fetches
+from kvortex.metrics import MissReason
 from kvortex.write_behind import WriteBehind
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class Overflow:
             host, disk, counters, ids, num_ranks, block_bytes, write_bytes_per_s
         )
         self.fetches = Fetches(host, disk, counters, ids, num_ranks, block_bytes)
+        self.reading_off = 0
+        """Ranks whose drive is not read for now, as it fails: then nothing is worth a fetch."""
+        self.writing_off = 0
+        """Those whose drive is not written: a write would only cost the block in its slot."""
         self._host = host
         self._counters = counters
         self._clear = False
@@ -67,7 +72,7 @@ class Overflow:
         oldest = min((move.began for move in moves), default=None)
         if oldest is not None:
             return time.perf_counter() - oldest < PATIENCE_S
-        return self.write_behind.waits
+        return self.write_behind.waits and not self.writing_off
 
     @property
     def num_pending(self) -> int:
@@ -79,6 +84,12 @@ class Overflow:
         """The keys whose bytes are in the host or can be fetched, as they are at any time."""
         return _Union(self._host.readable, self.disk.readable)
 
+    def why_not_fetched(self, key: BlockKey) -> MissReason | None:
+        """Of a key that is on disk, or may be, as nobody knows yet; None of others."""
+        if self.known and self.disk.lookup(key) is None:
+            return None
+        return MissReason.FAILED if self.reading_off else MissReason.LATE
+
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Count a use of the blocks of a request (see `HostTier.touch`)."""
         self.disk.touch(keys)
@@ -87,7 +98,7 @@ class Overflow:
     def take_plan(self) -> DiskPlan | None:
         """What the workers shall move next; None if nothing."""
         # Before it is known, a slot that looks free may hold a block of a former life.
-        writes = self.write_behind.take() if self.known else ()
+        writes = self.write_behind.take() if self.known and not self.writing_off else ()
         reads = self.fetches.take()
         clear, self._clear = self._clear, False
         return DiskPlan(writes, reads, clear) if writes or reads or clear else None
@@ -98,6 +109,9 @@ class Overflow:
             self._adopt(report.survivors)
         if report.num_slots is not None:
             self.disk.index.limit(report.num_slots)
+        self._counters.count_disks(report.counted)
+        self.reading_off += report.reading_off
+        self.writing_off += report.writing_off
         self.write_behind.settle(report)
         self.fetches.settle(report)
 

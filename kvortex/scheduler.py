@@ -102,8 +102,8 @@ class OffloadScheduler:
     def why_missing(self, key: BlockKey) -> MissReason:
         """Of a key that the host cannot serve."""
         reason = self._absences.why(key)
-        if reason is not MissReason.FAILED and self._may_be_on_disk(key):
-            return MissReason.LATE
+        if reason is not MissReason.FAILED and self.overflow is not None:
+            reason = self.overflow.why_not_fetched(key) or reason
         return MissReason.IN_FLIGHT if self.tier.is_arriving(key) else reason
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
@@ -284,11 +284,6 @@ class OffloadScheduler:
             self._log_once("A store failed; its blocks are not kept.")
         else:
             self.counters.discarded_stores += len(flight.blocks)
-
-    def _may_be_on_disk(self, key: BlockKey) -> bool:
-        """Also while nobody knows what is there."""
-        disk = self.overflow
-        return disk is not None and (not disk.known or disk.disk.lookup(key) is not None)
 
     def _note_evicted(self, block: Block) -> None:
         self._absences.note(block.key, MissReason.EVICTED)

@@ -90,7 +90,7 @@ def test_a_disk_that_fills_up_keeps_what_it_has(small: Path) -> None:
         assert read(store, pool, list(BIG), [0, 1]) == [
             block_bytes(key, slot_bytes=MIB) for key in BIG
         ]
-        assert store.counters.failed_writes == 3
+        assert store.counters.write_errors == 3
         (small / "other").unlink()
 
 

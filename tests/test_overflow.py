@@ -8,6 +8,7 @@ from overflows import PLACE, Setting
 
 import kvortex.overflow
 from kvortex.core import DiskPlan, DiskReport
+from kvortex.metrics import MissReason
 from kvortex.policies import LRU
 
 if TYPE_CHECKING:
@@ -143,6 +144,25 @@ def test_an_idle_engine_does_not_wait_for_a_drive_that_hangs(
     setting.end(move)
     assert setting.overflow.pending  # the third
     setting.end(*setting.plan().writes)
+    setting.check()
+
+
+def test_a_disk_that_is_off_is_neither_written_nor_waited_for() -> None:
+    setting = Setting(64, num_ranks=2).survived(b"old").stored(b"a")
+    news = DiskReport(counted={"write_errors": 3, "times_off": 2}, reading_off=1, writing_off=2)
+    setting.overflow.settle(news)
+    assert setting.counters.disk_write_errors == 3
+    assert setting.counters.disk_times_off == 2
+    assert setting.plan() == DiskPlan()  # which would have cost the block of a slot
+    assert not setting.overflow.pending
+    assert setting.overflow.why_not_fetched(b"old") is MissReason.FAILED
+    setting.overflow.settle(DiskReport(reading_off=-1, writing_off=-1))
+    assert setting.overflow.why_not_fetched(b"old") is MissReason.LATE
+    assert not setting.plan().writes  # one rank's is off still
+    setting.overflow.settle(DiskReport(writing_off=-1))
+    (move,) = setting.plan().writes
+    assert move.keys == (b"a",)
+    setting.end(move)
     setting.check()
 
 

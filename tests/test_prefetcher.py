@@ -176,6 +176,19 @@ def test_an_abort_leaves_what_is_being_read_to_others(clock: Clock, sent: bool) 
     assert all(block.pins == 0 for block in keeper.offload.tier.index)
 
 
+def test_nothing_is_fetched_while_reading_is_off(clock: Clock) -> None:
+    keeper, overflow = side()
+    asked = request(160)
+    on_disk(keeper, asked)
+    overflow.settle(DiskReport(reading_off=1))
+    keeper.arrived(asked)
+    assert keeper.match(asked, 0) == (0, False)
+    assert overflow.take_plan() is None
+    overflow.settle(DiskReport(reading_off=-1))
+    assert keeper.match(asked, 0) == (None, False)
+    assert end_reads(overflow) == 9
+
+
 def test_a_request_that_was_preempted_fetches_anew(clock: Clock) -> None:
     keeper, overflow = side()
     asked = request(160)

@@ -42,7 +42,8 @@ class Prefetcher:
         """
         request_id = tracked.request.request_id
         fetch = self._fetches.of(request_id)
-        if request_id in self._late or (fetch is not None and not fetch.short):
+        begun = fetch is not None and not fetch.short
+        if begun or self._overflow.reading_off or request_id in self._late:
             return
         keys, parents = self._loads.beyond_host(tracked, self._overflow)
         if keys:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,19 +118,23 @@ class SchedulerSide:
     def gauges(self) -> Gauges:
         """How things stand."""
         index, overflow = self.offload.tier.index, self.offload.overflow
-        disk = overflow.disk if overflow is not None else None
-        return Gauges(
+        gauges = Gauges(
             slots=index.num_slots,
             resident_slots=index.resident,
             transfers_under_way=self.offload.num_pending,
             prefill_tokens_per_second=self.costs.prefill_tokens_per_s or 0.0,
             load_bytes_per_second=self.costs.load_bytes_per_s or 0.0,
             store_bytes_per_second=self._store_bytes_per_s or 0.0,
-            disk_slots=disk.index.num_slots if disk is not None else 0,
-            disk_resident_slots=disk.index.resident if disk is not None else 0,
-            disk_read_bytes_per_second=overflow.fetches.bytes_per_s
-            if overflow is not None
-            else 0.0,
+        )
+        if overflow is None:
+            return gauges
+        return replace(
+            gauges,
+            disk_slots=overflow.disk.index.num_slots,
+            disk_resident_slots=overflow.disk.index.resident,
+            disk_read_bytes_per_second=overflow.fetches.bytes_per_s,
+            disk_reading_off=overflow.reading_off,
+            disk_writing_off=overflow.writing_off,
         )
 
     def arrived(self, request: Request) -> None:

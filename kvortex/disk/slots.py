@@ -7,6 +7,7 @@ So whatever was interrupted or lost by the drive, a slot holds the bytes of its 
 from __future__ import annotations
 
 import mmap
+import random
 import secrets
 import time
 from enum import IntEnum
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from kvortex.disk.format import Digests, Survivors
 
     OpenFile = Callable[..., DiskFile]
+
+WIPED_BYTES = 1 << 20
+"""At once."""
 
 
 class Status(IntEnum):
@@ -90,7 +94,8 @@ class SlotFiles:
             self._records.close()
             raise
         try:
-            self.preallocated = self._slots.allocate(num_slots * self.stride)
+            # The page behind the last slot is for trials.
+            self.preallocated = self._slots.allocate(num_slots * self.stride + PAGE)
             self._table = self._read_table(num_slots)
             self.survivors: Survivors = record_format.read_table(memoryview(self._table))
             self._forget_all_but(self.survivors.slots)
@@ -108,12 +113,6 @@ class SlotFiles:
     def record(self, slot: int) -> Record | None:
         """Whose bytes a slot holds."""
         return peek(self._table, slot)
-
-    def used_slots(self) -> list[int]:
-        """Slots that hold a block."""
-        magic = np.frombuffer(self._table, "<u8")[:: RECORD_BYTES // 8]
-        used: list[int] = np.flatnonzero(magic).tolist()
-        return used
 
     def write(self, slot: int, key: BlockKey, generation: int, block: memoryview) -> None:
         """Keep a block.
@@ -158,8 +157,37 @@ class SlotFiles:
         self._table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = NO_RECORD
 
     def renounce(self) -> None:
-        """What is written from now on is nobody's after a restart."""
+        """Have all slots hold nothing, and what is written from now on be nobody's after a restart;
+        touches no file."""
         self._format = RecordFormat(secrets.token_bytes(16), 0, self.slot_bytes)
+        self._table = bytearray(len(self._table))
+
+    def wipe(self) -> None:
+        """Have the disk forget all records, also those written since `renounce`.
+
+        Raises:
+            OSError: after a restart slots may hold again what they held.
+        """
+        size, nothing = len(self._table), bytes(WIPED_BYTES)
+        for start in range(0, size, WIPED_BYTES):
+            self._records.write(memoryview(nothing)[: size - start], start)
+
+    def try_out(self, *, writes: bool) -> None:
+        """Have the drive read a page that it was given, or write one, and a record.
+
+        To write is for the thread that changes slot 0.
+
+        Raises:
+            OSError: it does not work.
+        """
+        page = self._scratch(PAGE)
+        if writes:
+            self._slots.write(page, self.num_slots * self.stride)
+            self._records.write(bytes(self._table[:RECORD_BYTES]), 0)
+        else:  # any block, as one place may be bad for ever
+            magic = np.frombuffer(self._table, "<u8")[:: RECORD_BYTES // 8]
+            used = np.flatnonzero(magic).tolist() or [0]
+            self._slots.read(page, random.choice(used) * self.stride)
 
     def sync(self) -> None:
         """Have the drive keep what was written."""
