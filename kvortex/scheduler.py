@@ -103,7 +103,9 @@ class OffloadScheduler:
         """Of a key that the host cannot serve."""
         reason = self._absences.why(key)
         if reason is not MissReason.FAILED and self.overflow is not None:
-            reason = self.overflow.why_not_fetched(key) or reason
+            not_fetched = self.overflow.why_not_fetched(key)
+            if not_fetched is not None:
+                return not_fetched
         return MissReason.IN_FLIGHT if self.tier.is_arriving(key) else reason
 
     def touch(self, keys: Sequence[BlockKey]) -> None:

@@ -123,11 +123,9 @@ class Faults:
     """Reads and writes that began."""
     unsynced: list[tuple[str, int, bytes]] = field(default_factory=list)
     """File, offset and what was there before, of each write since the drive was told to keep it."""
-    files: dict[str, DiskFile] = field(default_factory=dict)
 
     def open_file(self, folder: int, name: str, **how: Any) -> DiskFile:
-        self.files[name] = opened_file = FaultyFile(self, folder, name, **how)
-        return opened_file
+        return FaultyFile(self, folder, name, **how)
 
     def cut_power(self, folder: Path, draw: random.Random) -> None:
         """Undo any sectors of what was not synced, in the files of a closed store."""

@@ -60,7 +60,8 @@ def opened(folder: Path) -> Iterator[SlotFiles]:
 def read(files: SlotFiles, key: bytes, slot: int) -> bytes | None:
     memory = bytearray(b"\xee" * SLOT_BYTES)
     job = DiskJob(1, [key], [slot], [0], 0.0, 1, [BlockRead.of(num_pieces(SLOT_BYTES))])
-    status = Moves(files, memoryview(memory), {1: job}, Event()).read([1, 0, 0, 1, 1 << 62])
+    moves = Moves(files, memoryview(memory), {1: job}, Event(), lambda: None)
+    status = moves.read([1, 0, 0, 1, 1 << 62])
     return bytes(memory) if status is Status.DONE else None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +216,46 @@ def test_no_request_is_put_at_risk_to_see_whether_the_drive_works(
         assert store.counters.refused_blocks == refused
     with opened(tmp_path) as (store, _):  # nor was anything hurt by trying
         assert set(store.survivors.keys) >= set(KEYS)
+
+
+@pytest.mark.parametrize("what", ["whole", "cut off", "of another life", "gone"])
+def test_a_folder_that_went_away_is_used_again_if_it_comes_back_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """In place of a mount, which tests/test_disk_mounts.py takes away for those who may."""
+    monkeypatch.setattr(kvortex.disk.breaker, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(kvortex.disk.breaker, "LONGEST_PAUSE_S", 0.1)
+    faults, disk, away = Faults(), tmp_path / "disk", tmp_path / "away"
+    with opened(disk, open_file=faults.open_file) as (store, pool):
+        written(store, pool, SLOTS)
+        faults.error = errno.EIO
+        for slot in (1, 2, 4):
+            written(store, pool, {b"x": slot})
+            read(store, pool, [KEYS[0]], [0])
+        disk.rename(away)
+        faults.error = None
+        if what != "gone":
+            shutil.copytree(away, disk)
+            (folder,) = disk.glob("*/rank-0")
+            if what == "cut off":
+                os.truncate(folder / "slots", 4096)
+            if what == "of another life":
+                about = (folder / "namespace.json").read_text()
+                (folder / "namespace.json").write_text(about.replace('"life": "', '"life": "x'))
+        deadline = time.monotonic() + (10 if what == "whole" else 0.5)
+        while (told := store.poll()).reading_off or told.writing_off:
+            store.wait(0.01)
+            if time.monotonic() > deadline:
+                break
+        assert (told.reading_off or told.writing_off) is (what != "whole")
+        if what == "whole":
+            assert read(store, pool, KEYS, list(SLOTS.values())) == [block_bytes(k) for k in KEYS]
+            assert not written(store, pool, {b"new": 6})
+    if what == "whole":
+        with opened(disk) as (store, _):
+            assert set(store.survivors.keys) >= {*KEYS, b"new"}
+    else:
+        assert disk.exists() is (what != "gone")
 
 
 def test_a_trial_that_takes_too_long_has_failed(

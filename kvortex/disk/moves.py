@@ -37,15 +37,22 @@ class Moves:
         memory: the host slots, one behind the other.
         jobs: by id.
         closing: set, nobody waits for an appointment any more.
+        renew: has the files opened anew, if they are not where they were.
     """
 
     def __init__(
-        self, files: SlotFiles, memory: memoryview, jobs: Mapping[int, DiskJob], closing: Event
+        self,
+        files: SlotFiles,
+        memory: memoryview,
+        jobs: Mapping[int, DiskJob],
+        closing: Event,
+        renew: Callable[[], None],
     ) -> None:
         self._files = files
         self._memory = memory
         self._jobs = jobs
         self._closing = closing
+        self._renew = renew
 
     def write(self, row: list[int]) -> Status:
         """Write a block when its time has come, or erase a slot."""
@@ -87,6 +94,7 @@ class Moves:
         elif what == WIPE:
             self._files.wipe()
         else:
+            self._renew()
             self._files.try_out(writes=bool(position))
             if microseconds(time.monotonic()) > deadline:
                 return Status.LATE

@@ -70,8 +70,8 @@ class DiskStore:
     job before it ended, nor erase or write a slot that another job uses.
 
     Args:
-        disk_path: folder, made if it is not there; everything of other namespaces in it that no
-            server holds is removed.
+        disk_path: folder, made if it is not there; caches of other namespaces in it that no server
+            holds stay as long as there is room.
         namespace: what the bytes depend on.
         rank: of this worker; each has a folder of its own.
         num_slots: on the disk; set aside at once. More than before keeps what there is, less
@@ -120,7 +120,7 @@ class DiskStore:
         self._generation = 1 + int(max(found.generations, default=0))
         self._answered = Bell()
         self._closing = Event()
-        moves = Moves(self._files, self._memory, self._jobs, self._closing)
+        moves = Moves(self._files, self._memory, self._jobs, self._closing, self._cache.renew)
         self._readers = self._start_lanes("kvortex-disk-read", options.readers, moves.read)
         self._writers = self._start_lanes("kvortex-disk-write", options.writers, moves.write)
         self._lanes = (*self._readers, *self._writers)
