@@ -49,6 +49,7 @@ def request(tokens: int, number: int = 0) -> Any:
         block_hashes=hashes,
         kv_transfer_params=None,
         skip_reading_prefix_cache=False,
+        lora_request=None,
     )
 
 

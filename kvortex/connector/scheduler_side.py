@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex.config import slots_in_pool
+from kvortex.connector.adapters import Adapters
 from kvortex.connector.bad_blocks import BadBlocks
 from kvortex.connector.explanation import explain
 from kvortex.connector.host_events import HostEvents
@@ -60,16 +61,14 @@ class SchedulerSide:
     Args:
         config: of the connector.
         geometry: of the KV cache.
-        keys_last: whether what is on disk can be found after a restart.
+        outlives: whether what is on disk can be found, and is right, after a restart.
 
     Raises:
         ConfigError: a pool without a slot, a policy that is not installed, a trace that cannot be
             written.
     """
 
-    def __init__(
-        self, config: KVortexConfig, geometry: Geometry, *, keys_last: bool = True
-    ) -> None:
+    def __init__(self, config: KVortexConfig, geometry: Geometry, *, outlives: bool = True) -> None:
         ranks = geometry.num_ranks
         host = _tier(config, slots_in_pool(config, geometry.slot_bytes, ranks))
         disk = None
@@ -83,10 +82,12 @@ class SchedulerSide:
         self._reaches = geometry.reaches
         self._loads = LoadPlanner(config, geometry, host.readable, self.costs)
         self._prefetcher: Prefetcher | None = None
+        self._adapters: Adapters | None = None
         overflow = self.offload.overflow
         if overflow is not None:
             self._prefetcher = Prefetcher(config, overflow, self._loads, self.offload.counters)
-            if not keys_last:
+            self._adapters = Adapters()
+            if not outlives:
                 overflow.disown()
         self._block_tokens = geometry.block_tokens
         self._pool: BlockPool | None = None
@@ -307,7 +308,8 @@ class SchedulerSide:
     def _track(self, request: Request) -> TrackedRequest:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = TrackedRequest.of(request)
+            mark = self._adapters.mark(request.lora_request) if self._adapters is not None else b""
+            tracked = self._tracked[request.request_id] = TrackedRequest.of(request, mark)
         return tracked
 
     def _touch(self, tracked: TrackedRequest) -> None:
