@@ -296,7 +296,7 @@ class DiskStore:
 
     def _try_again(self, now: float) -> None:
         """See whether what is off works again, at no request's expense."""
-        if self._closing.is_set():
+        if self._closing.is_set() or not (self._reading.is_off or self._writing.is_off):
             return
         idlest = min(self._readers, key=lambda lane: lane.under_way)
         for is_write, (breaker, lane, patience) in enumerate(
