@@ -3,7 +3,10 @@
     python bench/bench_disk.py /mnt/nvme --commit $(git rev-parse --short HEAD)
 
 Appends rows to bench/results/disk.csv. fio writes and reads a file of the same size with O_DIRECT
-at the same depth, in turns with ours; its better engine counts.
+at the same depth, in turns with ours; its best way counts. Its buffers are on huge pages, as the
+host pool is: with small ones a block is many pieces of memory to the drive, and fio reaches about
+half as much (the rows "4 KiB pages" say how much). Count rows of a quiet machine only: their `load`
+tells.
 """
 
 from __future__ import annotations
@@ -29,13 +32,21 @@ from xxhash import xxh3_64_intdigest
 
 from kvortex.disk import DiskOptions, DiskStore, Namespace
 from kvortex.disk.file import DiskFile
-from kvortex.disk.format import Record, RecordFormat
+from kvortex.disk.format import Record, RecordFormat, num_pieces
 from kvortex.host_pool import HostPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-ENGINES = ("libaio", "io_uring")
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Has fio's buffers advised to be huge, as the pool's memory is; glibc knows it since 2.35."""
+FIO = {
+    "fio libaio": (["--ioengine=libaio", "--iodepth={depth}"], HUGE_PAGES),
+    "fio io_uring": (["--ioengine=io_uring", "--iodepth={depth}"], HUGE_PAGES),
+    "fio threads": (["--ioengine=psync", "--thread", "--numjobs={depth}"], HUGE_PAGES),
+    "fio libaio, 4 KiB pages": (["--ioengine=libaio", "--iodepth={depth}"], {}),
+}
+"""Ways, each with its arguments and environment; as many threads as ours has is one of them."""
 NAMESPACE = Namespace(b"bench", {"bench": "disk"})
 STEP_S = 0.005
 """Between two polls where CPU time is measured: a step of an engine."""
@@ -78,21 +89,30 @@ def moved(setup: Setup, verb: str, pause: float = 0) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - cpu
 
 
-def fio(setup: Setup, verb: str, engine: str) -> float | None:
+def fio(setup: Setup, verb: str, way: str) -> float | None:
     """GB/s, or None where fio has no such engine."""
+    arguments, environment = FIO[way]
+    size = setup.pool.num_slots * setup.pool.slot_bytes
+    jobs = setup.depth if "threads" in way else 1
     command = [
         "fio",
         "--name=bench",
         f"--filename={setup.folder / 'fio'}",
-        f"--size={setup.pool.num_slots * setup.pool.slot_bytes}",
+        f"--filesize={size}",
+        f"--size={size // jobs}",
+        f"--offset_increment={size // jobs}",
         f"--bs={setup.pool.slot_bytes}",
+        "--iomem_align=2m",
         f"--rw={verb}",
-        f"--ioengine={engine}",
-        f"--iodepth={setup.depth}",
         "--direct=1",
+        "--scramble_buffers=0",
+        "--group_reporting",
         "--output-format=json",
+        *(argument.format(depth=setup.depth) for argument in arguments),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | environment
+    )
     if done.returncode:
         return None
     return float(json.loads(done.stdout)["jobs"][0][verb]["bw_bytes"]) / 1e9
@@ -104,11 +124,11 @@ def bandwidth(setup: Setup, rounds: int) -> list[dict[str, Any]]:
     size, draw = setup.pool.num_slots * setup.pool.slot_bytes, random.Random(0)
     for number in range(rounds + 1):
         for verb in ("write", "read"):
-            for path in draw.sample(["kvortex", *ENGINES], 1 + len(ENGINES)):
+            for path in draw.sample(["kvortex", *FIO], 1 + len(FIO)):
                 ours = path == "kvortex"
                 speed = size / moved(setup, verb)[0] / 1e9 if ours else fio(setup, verb, path)
                 if number and speed is not None:
-                    took.setdefault((verb, path if ours else f"fio {path}"), []).append(speed)
+                    took.setdefault((verb, path), []).append(speed)
     return [row(f"{verb} bandwidth", path, "GB/s", s) for (verb, path), s in took.items()]
 
 
@@ -143,23 +163,28 @@ def bare_cpu(setup: Setup, verb: str) -> float:
 
 
 def latency(setup: Setup, samples: int) -> list[dict[str, Any]]:
-    """Of one block, by a bare read and by the store in turns, of slots drawn anew."""
+    """Of one block, by a bare read and by the store in turns, of slots drawn anew.
+
+    The store reads it in one part or in several, by as many lanes.
+    """
     draw, size, keys = random.Random(0), setup.pool.slot_bytes, setup.keys
-    slots = next(setup.folder.rglob("slots"))
     memory = setup.pool.bytes.view(-1).numpy().data
-    took: dict[str, list[float]] = {"bare pread": [], "kvortex": []}
-    fd = os.open(slots, os.O_RDONLY | os.O_DIRECT)
+    pieces = num_pieces(size)
+    ways = {f"kvortex, {n} part(s)": n for n in (1, 2, 4) if n <= min(pieces, setup.depth)}
+    took: dict[str, list[float]] = {path: [] for path in ("bare pread", *ways)}
+    fd = os.open(next(setup.folder.rglob("slots")), os.O_RDONLY | os.O_DIRECT)
     try:
         for number in range(samples):
-            one, other = (draw.randrange(setup.pool.num_slots) for _ in range(2))
-            start = time.perf_counter()
-            os.preadv(fd, [memory[one * size : (one + 1) * size]], one * size)
-            between = time.perf_counter()
-            setup.store.read(number, [keys[other]], [other], [other])
-            wait_for(setup.store, number)
-            end = time.perf_counter()
-            took["bare pread"].append((between - start) * 1e6)
-            took["kvortex"].append((end - between) * 1e6)
+            for path in draw.sample([*took], len(took)):
+                slot = draw.randrange(setup.pool.num_slots)
+                start = time.perf_counter()
+                if path in ways:
+                    setup.store._most_parts = ways[path]
+                    setup.store.read(number, [keys[slot]], [slot], [slot])
+                    wait_for(setup.store, number)
+                else:
+                    os.preadv(fd, [memory[slot * size : (slot + 1) * size]], slot * size)
+                took[path].append((time.perf_counter() - start) * 1e6)
     finally:
         os.close(fd)
     return [row("latency of a block", path, "us", times) for path, times in took.items()]

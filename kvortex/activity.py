@@ -15,6 +15,8 @@ FAILURES = (
     "disk_failed_writes",
     "disk_failed_reads",
     "disk_late_reads",
+    "disk_corrupt_blocks",
+    "disk_times_off",
     "discarded_stores",
     "lost_slots",
     "unwaited_layers",
@@ -93,6 +95,9 @@ class State:
     load_bytes_per_second: float
     store_bytes_per_second: float
     disk_read_bytes_per_second: float
+    disk_reading_off: float
+    """Ranks that do not read from disk for now, as their drive fails."""
+    disk_writing_off: float
 
     @classmethod
     def of(cls, scrape: Scrape) -> State:
@@ -113,4 +118,6 @@ class State:
             load_bytes_per_second=ours("load_bytes_per_second"),
             store_bytes_per_second=ours("store_bytes_per_second"),
             disk_read_bytes_per_second=ours("disk_read_bytes_per_second"),
+            disk_reading_off=ours("disk_reading_off"),
+            disk_writing_off=ours("disk_writing_off"),
         )

@@ -105,7 +105,9 @@ class DiskReport:
     `finished` counts, per move, the ranks that are done with it, and `failed` has the positions
     that failed on any of them; of reads, those that are `lost` will not succeed later either.
     `survivors` are the keys found at start, with their slots, and `num_slots` how many slots the
-    smallest disk has; both are told once.
+    smallest disk has; both are told once. `counted` has what was added to the workers' counters, by
+    name; `reading_off` and `writing_off` tell how many more, or fewer, ranks there are that do not
+    read or write for now, as their drive fails.
     """
 
     finished: dict[int, int] = field(default_factory=dict)
@@ -113,21 +115,24 @@ class DiskReport:
     lost: dict[int, frozenset[int]] = field(default_factory=dict)
     survivors: dict[BlockKey, int] | None = None
     num_slots: int | None = None
+    counted: dict[str, int] = field(default_factory=dict)
+    reading_off: int = 0
+    writing_off: int = 0
 
     def merge(self, other: DiskReport) -> DiskReport:
         """The report of both ranks together; what survived did so on both."""
-        finished = dict(self.finished)
-        for move_id, ranks in other.finished.items():
-            finished[move_id] = finished.get(move_id, 0) + ranks
         survivors = self.survivors if other.survivors is None else other.survivors
         if self.survivors is not None and other.survivors is not None:
             survivors = dict(self.survivors.items() & other.survivors.items())
         return DiskReport(
-            finished,
+            _added(self.finished, other.finished),
             _united(self.failed, other.failed),
             _united(self.lost, other.lost),
             survivors,
             _least(self.num_slots, other.num_slots),
+            _added(self.counted, other.counted),
+            self.reading_off + other.reading_off,
+            self.writing_off + other.writing_off,
         )
 
 
@@ -177,11 +182,8 @@ class StepReport:
 
     def merge(self, other: StepReport) -> StepReport:
         """The report of both ranks together."""
-        finished = dict(self.finished)
-        for job_id, ranks in other.finished.items():
-            finished[job_id] = finished.get(job_id, 0) + ranks
         return StepReport(
-            finished,
+            _added(self.finished, other.finished),
             self.failed | other.failed,
             _least(self.num_slots, other.num_slots),
             _least(self.load_bytes_per_s, other.load_bytes_per_s),
@@ -203,6 +205,16 @@ Number = TypeVar("Number", int, float)
 
 def _least(one: Number | None, other: Number | None) -> Number | None:
     return min((n for n in (one, other) if n is not None), default=None)
+
+
+Name = TypeVar("Name", int, str)
+
+
+def _added(one: dict[Name, int], other: dict[Name, int]) -> dict[Name, int]:
+    both = dict(one)
+    for name, number in other.items():
+        both[name] = both.get(name, 0) + number
+    return both
 
 
 def _united(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvortex.core import DiskPlan, DiskReport
+from kvortex.disk.report import TOLD
 
 if TYPE_CHECKING:
     from kvortex.disk import DiskStore
@@ -20,11 +21,12 @@ class DiskWorker:
     def __init__(self, store: DiskStore) -> None:
         self._store = store
         self._told = False
+        self._counted = dict.fromkeys(TOLD, 0)
+        self._off = (False, False)
 
     def begin(self, plan: DiskPlan) -> None:
         """Start what is planned."""
         if plan.clear:
-            self._store.renounce()
             self._store.clear()
         for move in plan.writes:
             slots, disk_slots = move.slots.tolist(), move.disk_slots.tolist()
@@ -36,18 +38,29 @@ class DiskWorker:
     def report(self) -> DiskReport | None:
         """What ended since the last report; at first also what was on the disk."""
         told = self._store.poll()
-        ended = told.ended
-        if self._told and not ended:
+        ended, counted = told.ended, self._take_counted()
+        off, before = (told.reading_off, told.writing_off), self._off
+        if self._told and not ended and not counted and off == before:
             return None
+        self._off = off
         report = DiskReport(
             dict.fromkeys(ended, 1),
             {move_id: positions for move_id, positions in ended.items() if positions},
             told.lost,
             None if self._told else self._survivors(),
             None if self._told else self._store.num_slots,
+            counted,
+            off[0] - before[0],
+            off[1] - before[1],
         )
         self._told = True
         return report
+
+    def _take_counted(self) -> dict[str, int]:
+        """What was added to counters since the last call."""
+        before = self._counted
+        self._counted = {name: getattr(self._store.counters, name) for name in TOLD}
+        return {name: n - before[name] for name, n in self._counted.items() if n != before[name]}
 
     def _survivors(self) -> dict[bytes, int]:
         """Keys in the order in which they were written."""

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DISK = "disk_"
+"""Begins the name of each counter of the disk."""
 MISSED = "missed_"
 """Begins the name of each counter of misses; the reason follows."""
 
@@ -85,6 +91,24 @@ class Counters:
     """Blocks that left the host before their turn to be written."""
     disk_hit_tokens: int = 0
     """Of `hit_tokens`, those that were fetched from disk."""
+    disk_corrupt_blocks: int = 0
+    """Like all that follow up to the misses, counted by each rank for itself: blocks that were read
+    and are not what was written."""
+    disk_stale_blocks: int = 0
+    """Asked for in a slot that holds another key or none; at start, older copies of a key."""
+    disk_invalid_records: int = 0
+    """Found at start: torn, moved, or somebody else's."""
+    disk_read_errors: int = 0
+    """Blocks that a drive failed to read."""
+    disk_write_errors: int = 0
+    disk_slow_blocks: int = 0
+    """Blocks that a drive did not read by their deadline, or not write in time."""
+    disk_refused_blocks: int = 0
+    """Blocks that were not tried: the drive is off, behind, or may not be written faster."""
+    disk_times_off: int = 0
+    """How often reading or writing was switched off after errors."""
+    disk_removed_caches: int = 0
+    """Caches of other models that made room at start."""
     missed_never_stored: int = 0
     """Like all that follow, tokens in whole blocks of a prompt that were computed (MissReason)."""
     missed_not_admitted: int = 0
@@ -100,6 +124,11 @@ class Counters:
         """Count tokens that were computed."""
         name = MISSED + reason
         setattr(self, name, getattr(self, name) + tokens)
+
+    def count_disks(self, counted: Mapping[str, int]) -> None:
+        """Add what the ranks' disks counted, by name without `disk_`."""
+        for name, number in counted.items():
+            setattr(self, DISK + name, getattr(self, DISK + name) + number)
 
     def as_dict(self) -> dict[str, int | float]:
         """Name to number; `asdict` would take twenty times as long, twice a step."""
@@ -122,6 +151,10 @@ class Gauges:
     disk_slots: int = 0
     disk_resident_slots: int = 0
     disk_read_bytes_per_second: float = 0.0
+    disk_reading_off: int = 0
+    """Ranks that do not read from disk, as their drive fails; tried again from time to time."""
+    disk_writing_off: int = 0
+    """The same of writing."""
 
     def as_dict(self) -> dict[str, int | float]:
         """Name to number; `asdict` would take twenty times as long, twice a step."""

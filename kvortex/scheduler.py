@@ -65,7 +65,7 @@ class OffloadScheduler:
             self.overflow = Overflow(
                 tier, disk, self.counters, num_ranks, self._block_bytes, disk_write_bytes_per_s
             )
-            self.overflow.on_bad_read = self._note_failed
+            self.overflow.fetches.on_bad_read = self._note_failed
             disk.on_evict.append(self._note_evicted)
         self._num_ranks = num_ranks
         self._flights: dict[int, Flight] = {}
@@ -96,14 +96,16 @@ class OffloadScheduler:
             self.counters.not_admitted += 1
             self._absences.note(key, MissReason.NOT_ADMITTED)
         elif self.overflow is not None:
-            self.overflow.consider(key, place)
+            self.overflow.write_behind.consider(key, place)
         return admitted
 
     def why_missing(self, key: BlockKey) -> MissReason:
         """Of a key that the host cannot serve."""
         reason = self._absences.why(key)
-        if reason is not MissReason.FAILED and self._may_be_on_disk(key):
-            return MissReason.LATE
+        if reason is not MissReason.FAILED and self.overflow is not None:
+            not_fetched = self.overflow.why_not_fetched(key)
+            if not_fetched is not None:
+                return not_fetched
         return MissReason.IN_FLIGHT if self.tier.is_arriving(key) else reason
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
@@ -127,7 +129,7 @@ class OffloadScheduler:
         self.counters.evicted_blocks = self.tier.evictions
         self.counters.refused_stores += len(keys) - len(blocks)
         if self.overflow is not None:
-            self.overflow.miss(keys[len(blocks) :])
+            self.overflow.write_behind.miss(keys[len(blocks) :])
         for key in keys[len(blocks) :]:
             self._absences.note(key, MissReason.NO_SLOT)
         return self._plan(Direction.STORE, blocks, block_ids[: len(blocks)]) if blocks else None
@@ -272,7 +274,7 @@ class OffloadScheduler:
             return
         self.tier.abort(flight.blocks)
         if self.overflow is not None:
-            self.overflow.miss(block.key for block in flight.blocks)
+            self.overflow.write_behind.miss(block.key for block in flight.blocks)
         if flight.failed:
             self.counters.failed_stores += len(flight.blocks)
             for block in flight.blocks:
@@ -280,11 +282,6 @@ class OffloadScheduler:
             self._log_once("A store failed; its blocks are not kept.")
         else:
             self.counters.discarded_stores += len(flight.blocks)
-
-    def _may_be_on_disk(self, key: BlockKey) -> bool:
-        """Also while nobody knows what is there."""
-        disk = self.overflow
-        return disk is not None and (not disk.known or disk.disk.lookup(key) is not None)
 
     def _note_evicted(self, block: Block) -> None:
         self._absences.note(block.key, MissReason.EVICTED)

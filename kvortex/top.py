@@ -51,6 +51,12 @@ class View:
         yield f"{state.running:.0f} requests run, {state.waiting:.0f} wait"
         if not state.slots:
             yield "no slots: no request came yet, or KVortex is off for this model (see the log)"
+        for what, ranks in (
+            ("READING FROM", state.disk_reading_off),
+            ("WRITING TO", state.disk_writing_off),
+        ):
+            if ranks:
+                yield f"{what} DISK IS OFF on {ranks:.0f} rank(s): the drive fails (see the log)"
 
     def _tokens(self) -> Iterator[str]:
         yield HEADING.format("PROMPT TOKENS", "per second", "since start", "   share")

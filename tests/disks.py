@@ -123,11 +123,9 @@ class Faults:
     """Reads and writes that began."""
     unsynced: list[tuple[str, int, bytes]] = field(default_factory=list)
     """File, offset and what was there before, of each write since the drive was told to keep it."""
-    files: dict[str, DiskFile] = field(default_factory=dict)
 
     def open_file(self, folder: int, name: str, **how: Any) -> DiskFile:
-        self.files[name] = opened_file = FaultyFile(self, folder, name, **how)
-        return opened_file
+        return FaultyFile(self, folder, name, **how)
 
     def cut_power(self, folder: Path, draw: random.Random) -> None:
         """Undo any sectors of what was not synced, in the files of a closed store."""
@@ -155,18 +153,20 @@ class FaultyFile(DiskFile):
         self._faults.moves += 1
         self._faults.flows.wait()
         time.sleep(self._faults.delay)
-        if self._faults.error is not None and not self._faults.writes_only:
-            raise OSError(self._faults.error, os.strerror(self._faults.error))
+        error = self._faults.error  # which the test may mend meanwhile
+        if error is not None and not self._faults.writes_only:
+            raise OSError(error, os.strerror(error))
         return super()._preadv(self._shortened(memory), offset)
 
     def _pwritev(self, memory: memoryview | bytes, offset: int) -> int:
         self._faults.moves += 1
         self._faults.flows.wait()
         time.sleep(self._faults.delay)
-        if self._faults.error is not None:
-            if self._faults.error == errno.EIO and self.name == SLOTS:  # torn
+        error = self._faults.error
+        if error is not None:
+            if error == errno.EIO and self.name == SLOTS:  # torn
                 super()._pwritev(memory[: len(memory) // 2], offset)
-            raise OSError(self._faults.error, os.strerror(self._faults.error))
+            raise OSError(error, os.strerror(error))
         shortened = self._shortened(memory)
         with Path(f"/proc/self/fd/{self._fd}").open("rb") as cached:
             before = os.pread(cached.fileno(), len(shortened), offset)

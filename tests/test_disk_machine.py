@@ -123,13 +123,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
-        self.store.clear()
-        self.forget(set(range(NUM_SLOTS)))
-
-    @rule()
-    def renounce(self) -> None:
         """What is written from now on may not survive."""
-        self.store.renounce()
         self.store.clear()
         self.forget(set(range(NUM_SLOTS)))
         self.outlives = False
@@ -138,11 +132,15 @@ class DiskMachine(RuleBasedStateMachine):
         """They hold nothing from now on; where the drive works, also after a restart."""
         for slot in forgotten:
             self.sure.pop(slot, None)
-        while self.faults.error is None and (self.store._unerased or self.store._erasing):
+        while self.faults.error is None and self.erases():
             self.store.wait(0.01)
             self.store.poll()
         if self.faults.error is None:
             self.gone |= forgotten
+
+    def erases(self) -> bool:
+        store = self.store
+        return bool(store._unerased or store._erasing or store._to_wipe or store._wiping)
 
     @rule(slot=slots, at=st.integers(0, SLOT_BYTES - 1))
     def corrupt(self, slot: int, at: int) -> None:

@@ -52,6 +52,7 @@ def config(folder: Path) -> Any:
             cache_dtype="auto", prefix_caching_hash_algo="sha256", kv_cache_layout="NHD"
         ),
         load_config=SimpleNamespace(load_format="auto"),
+        speculative_config=None,
         compilation_config=SimpleNamespace(static_forward_context={"a": Attention("Flash")}),
     )
 
@@ -95,6 +96,50 @@ def test_where_the_bytes_may_differ_the_cache_does(change: str, tmp_path: Path) 
     assert identity(told) == before
     CHANGES[change](told)
     assert identity(told) != before
+
+
+def with_draft(told: Any, folder: Path, weights: bytes = b"weights") -> Any:
+    """The same, and a draft model in another folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(weights)
+    draft = SimpleNamespace(**vars(told.model_config) | {"model": str(folder)})
+    told.speculative_config = SimpleNamespace(draft_model_config=draft)
+    return told
+
+
+def test_a_draft_models_weights_are_in_the_blocks_too(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    told, draft = config(tmp_path / "target"), tmp_path / "draft"
+    found = [identity(told), identity(with_draft(told, draft))]
+    assert identity(told) == found[1]
+    found.append(identity(with_draft(told, draft, b"trained")))
+    told.speculative_config.draft_model_config.revision = "v2"
+    found.append(identity(told))
+    assert len(set(found)) == 4
+
+
+def test_drafts_without_weights_of_their_own_change_nothing(tmp_path: Path) -> None:
+    """vLLM names the model itself where n-grams are proposed."""
+    told = config(tmp_path)
+    before = identity(told)
+    told.speculative_config = SimpleNamespace(draft_model_config=told.model_config)
+    assert identity(told) == before
+    told.speculative_config = SimpleNamespace()
+    assert identity(told) == before
+
+
+def test_scales_that_are_drawn_at_start_do_not_last() -> None:
+    from kvortex.connector.disk_namespace import bytes_last
+
+    for scales, last in ((True, False), (False, True)):
+        told: Any = SimpleNamespace(cache_config=SimpleNamespace(calculate_kv_scales=scales))
+        assert bytes_last(told) is last
+    assert bytes_last(config_without_scales())
+
+
+def config_without_scales() -> Any:
+    """As of newer versions of vLLM."""
+    return SimpleNamespace(cache_config=SimpleNamespace())
 
 
 def test_pages_of_another_size_and_another_hash_seed_make_another_cache(

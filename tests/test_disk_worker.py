@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 import numpy as np
 from disks import Faults, block_bytes, content, fill, opened
 
+import kvortex.disk.breaker
 from kvortex.core import DiskMove, DiskPlan, DiskReport
 from kvortex.disk_worker import DiskWorker
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
     from kvortex.disk import DiskStore
 
@@ -70,6 +74,35 @@ def test_what_comes_too_late_is_not_lost(tmp_path: Path) -> None:
         report = settled(worker, store, 2)
         assert report.failed == {2: frozenset({1})}
         assert report.lost == {}
+
+
+def test_what_the_ranks_counted_and_which_of_them_are_off_adds_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvortex.disk.breaker, "FIRST_PAUSE_S", 0.05)
+    faults = Faults()
+    with opened(tmp_path, 4, open_file=faults.open_file) as (store, _):
+        worker = DiskWorker(store)
+        worker.begin(DiskPlan(writes=(move(1, [b"a"], [0], [0]),)))
+        settled(worker, store, 1)
+        faults.error = errno.EIO
+        for number in (2, 3, 4):
+            worker.begin(DiskPlan(reads=(move(number, [b"a"], [1], [0]),)))
+        report = settled(worker, store, 2, 3, 4)
+        assert report.counted == {"read_errors": 3, "times_off": 1}
+        assert (report.reading_off, report.writing_off) == (1, 0)
+        worker.begin(DiskPlan(reads=(move(5, [b"a"], [1], [0]),)))
+        again = settled(worker, store, 5)
+        assert again.counted == {"refused_blocks": 1}
+        assert again.reading_off == 0  # no more of them
+        other = DiskReport(counted={"read_errors": 2}, reading_off=1, writing_off=1)
+        both = report.merge(other)
+        assert both.counted == {"read_errors": 5, "times_off": 1}
+        assert (both.reading_off, both.writing_off) == (2, 1)
+        faults.error = None
+        while not (back := worker.report()):
+            store.wait(0.01)
+        assert back == DiskReport(reading_off=-1)
 
 
 def test_what_a_clear_forgets_is_not_what_comes_with_it(tmp_path: Path) -> None:

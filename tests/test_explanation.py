@@ -62,6 +62,7 @@ def request(name: str, number: int = 0, tokens: int = TOKENS, **params: object) 
         block_hashes=[bytes([number]) * 24 + i.to_bytes(8, "big") for i in range(tokens // BLOCK)],
         kv_transfer_params=params or None,
         skip_reading_prefix_cache=False,
+        lora_request=None,
     )
 
 

@@ -43,6 +43,7 @@ from kvortex.worker import Worker
 
 if TYPE_CHECKING:
     from kvortex.core import StepPlan
+    from kvortex.moves_under_way import MoveUnderWay
 
 NUM_BLOCKS = 8
 SIZES = (112, 48)
@@ -175,6 +176,8 @@ class OverflowMachine(RuleBasedStateMachine):
         """Of what epoch the bytes must be that arrive."""
         self.distrusted: set[bytes] = set()
         """Keys whose blocks the host forgot because their load failed."""
+        self.void: set[int] = set()
+        """Moves of what a reset forgot."""
         self.lost: set[bytes] = set()
         """Keys that a rank could not read, though others may not have answered yet."""
 
@@ -224,11 +227,13 @@ class OverflowMachine(RuleBasedStateMachine):
     def ask(self, name: str, keys: list[bytes], length: int) -> None:
         """A request waits for its turn; asked again, it goes on."""
         keys = self.asked.setdefault(name, keys[:length])
-        fetch = self.overflow.fetch_of(name)
+        fetch = self.overflow.fetches.of(name)
         if self.overflow.known and (fetch is None or fetch.short):
-            fetch = self.overflow.fetch(name, keys, [PARENTS.get(key) for key in keys])
+            fetch = self.overflow.fetches.begin(name, keys, [PARENTS.get(key) for key in keys])
         self.seen["short"] += fetch is not None and fetch.short
-        self.seen["shared"] += any(len(f.fetches) > 1 for f in self.overflow._flights.values())
+        self.seen["shared"] += any(
+            len(read.fetches) > 1 for read in self.overflow.fetches.under_way
+        )
 
     @rule(count=st.integers(1, 16))
     def crowd(self, count: int) -> None:
@@ -255,7 +260,7 @@ class OverflowMachine(RuleBasedStateMachine):
     def leave(self, name: str) -> None:
         """Late, aborted, or served."""
         self.asked.pop(name, None)
-        self.overflow.release(name)
+        self.overflow.fetches.release(name)
 
     @rule(fail=st.sampled_from([None] * 5 + [0]))
     def step(self, fail: int | None = None) -> None:
@@ -281,7 +286,8 @@ class OverflowMachine(RuleBasedStateMachine):
         if sent:
             self.ranks[0].faults.flows.clear()
             self.step()
-        self.seen["resets under way"] += bool(self.overflow._flights)
+        self.seen["resets under way"] += self.overflow.num_pending > 0
+        self.void |= {one.move.id for one in self.moves()}
         self.offload.reset()
         self.epoch += 1
         if restart:  # with what was computed since
@@ -353,8 +359,8 @@ class OverflowMachine(RuleBasedStateMachine):
         reports = [rank.worker.report() for rank in self.ranks]
         report = reduce(StepReport.merge, reports)
         for move_id, positions in (report.disk.lost if report.disk is not None else {}).items():
-            keys = self.overflow._flights[move_id].move.keys
-            self.lost |= {keys[position] for position in positions}
+            (one,) = (one for one in self.moves() if one.move.id == move_id)
+            self.lost |= {one.move.keys[position] for position in positions}
         for flight in self.offload.settle(report):
             self.used.pop(flight.job.id)
         gone = before - set(self.overflow.disk.readable)  # type: ignore[call-overload]
@@ -374,23 +380,29 @@ class OverflowMachine(RuleBasedStateMachine):
             return
         for tier in (self.offload.tier, self.overflow.disk):
             tier.index.check()
-        assert self.overflow._room >= 0
-        assert self.overflow._writing <= self.overflow._most_writing
-        assert len(self.overflow._waiting) <= self.sizes[0]
+        assert self.overflow.fetches._room >= 0
+        writes = self.overflow.write_behind
+        assert writes._writing <= writes._most_writing
+        assert len(writes._waiting) <= self.sizes[0]
 
     @invariant()
     def a_key_that_moves_is_somewhere(self) -> None:
         """The source is readable as long as the move goes on, unless it was given up."""
         if not hasattr(self, "offload"):
             return
-        for flight in self.overflow._flights.values():
-            source = flight.on_disk if flight.fetches else flight.in_host
+        reads, writes = self.overflow.fetches.under_way, self.overflow.write_behind.under_way
+        sources = [(one.move, one.on_disk) for one in reads]
+        sources += [(one.move, one.in_host) for one in writes]
+        for move, source in sources:
             assert all(block.pins for block in source)
-            for key, block in zip(flight.move.keys, source, strict=True):
-                forgotten = flight.discard or key in self.distrusted
+            for key, block in zip(move.keys, source, strict=True):
+                forgotten = move.id in self.void or key in self.distrusted
                 assert forgotten or (
                     block.state is State.RESIDENT and key in self.overflow.readable
                 )
+
+    def moves(self) -> list[MoveUnderWay]:
+        return [*self.overflow.fetches.under_way, *self.overflow.write_behind.under_way]
 
     def let_drives_work(self) -> None:
         for rank in self.ranks:
@@ -410,19 +422,21 @@ class OverflowMachine(RuleBasedStateMachine):
         for tier in (self.offload.tier, self.overflow.disk):
             assert tier.index.reserved == 0
             assert all(block.pins == 0 for block in tier.index)
-        assert self.overflow._room == self.overflow._most_held
-        assert not any([self.overflow._reading, self.overflow._writing, self.used])
+        assert self.overflow.fetches._room == self.overflow.fetches._most_held
+        assert not self.overflow.fetches._reading
+        assert not self.overflow.write_behind._writing
+        assert not self.used
 
     def read_all_of_the_disk(self) -> None:
         """What the disk says that it has can be fetched, and is right."""
         for key in sorted(self.overflow.disk.readable):  # type: ignore[call-overload]
             if self.offload.tier.lookup(key) is None:
-                self.overflow.fetch("reader", [key], [None])
+                self.overflow.fetches.begin("reader", [key], [None])
                 self.step()
                 self.step()
                 self.what_is_readable_is_right()
                 self.seen["read at the end"] += self.offload.tier.lookup(key) is not None
-                self.overflow.release("reader")
+                self.overflow.fetches.release("reader")
 
     def teardown(self) -> None:
         if not hasattr(self, "offload"):

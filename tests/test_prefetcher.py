@@ -49,6 +49,7 @@ def request(tokens: int, number: int = 0) -> Any:
         block_hashes=hashes,
         kv_transfer_params=None,
         skip_reading_prefix_cache=False,
+        lora_request=None,
     )
 
 
@@ -96,7 +97,7 @@ def allocated(keeper: SchedulerSide, asked: Any, external: int) -> None:
 
 
 def nothing_is_held(keeper: SchedulerSide, overflow: Overflow) -> bool:
-    return overflow._room == overflow._most_held and not keeper._prefetcher._since  # type: ignore[union-attr]
+    return overflow.fetches._room == overflow.fetches._most_held and not keeper._prefetcher._since  # type: ignore[union-attr]
 
 
 def test_a_request_is_held_back_until_its_blocks_are_in_the_host(clock: Clock) -> None:
@@ -176,6 +177,19 @@ def test_an_abort_leaves_what_is_being_read_to_others(clock: Clock, sent: bool) 
     assert all(block.pins == 0 for block in keeper.offload.tier.index)
 
 
+def test_nothing_is_fetched_while_reading_is_off(clock: Clock) -> None:
+    keeper, overflow = side()
+    asked = request(160)
+    on_disk(keeper, asked)
+    overflow.settle(DiskReport(reading_off=1))
+    keeper.arrived(asked)
+    assert keeper.match(asked, 0) == (0, False)
+    assert overflow.take_plan() is None
+    overflow.settle(DiskReport(reading_off=-1))
+    assert keeper.match(asked, 0) == (None, False)
+    assert end_reads(overflow) == 9
+
+
 def test_a_request_that_was_preempted_fetches_anew(clock: Clock) -> None:
     keeper, overflow = side()
     asked = request(160)
@@ -219,7 +233,7 @@ def test_what_takes_longer_to_read_than_to_compute_is_not_fetched(clock: Clock) 
     on_disk(keeper, asked)
     keeper.costs.prefill_tokens_per_s, keeper.costs.load_bytes_per_s = 10_000, 1e12
     for speed, held_back in ((1e6, False), (1e12, True)):
-        overflow._read_bytes_per_s = speed
+        overflow.fetches._bytes_per_s = speed
         assert (keeper.match(asked, 0)[0] is None) is held_back
 
 

@@ -46,6 +46,7 @@ def request(tokens: int, params: dict[str, object] | None = None, number: int = 
         block_hashes=hashes,
         kv_transfer_params=params,
         skip_reading_prefix_cache=False,
+        lora_request=None,
     )
 
 

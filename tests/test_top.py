@@ -54,6 +54,13 @@ def test_of_late() -> None:
     assert lines["failed loads"] == "0 3"
 
 
+def test_a_disk_that_is_off_is_seen_first() -> None:
+    text = FIRST + "vllm:kvortex_disk_reading_off 0\nvllm:kvortex_disk_writing_off 2\n"
+    lines = View.of(Scrape.of(text, 5)).lines()
+    assert "WRITING TO DISK IS OFF on 2 rank(s)" in lines[1]
+    assert "READING" not in "".join(lines)
+
+
 def test_a_server_that_was_not_asked_yet_divides_nothing_by_nothing() -> None:
     view = View.of(Scrape.of("vllm:kvortex_slots 0", 1), Scrape.of("vllm:kvortex_slots 0", 1))
     assert "no slots" in view.lines()[1]

@@ -386,8 +386,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(block.pins == 0 for block in self.index)
         if self.overflow is not None:
             assert not any([side._prefetcher._since, side._prefetcher._late])
-            assert not any([self.overflow._fetches, self.overflow._writing])
-            assert self.overflow._room == self.overflow._most_held
+            assert not any([self.overflow.fetches._fetches, self.overflow.write_behind._writing])
+            assert self.overflow.fetches._room == self.overflow.fetches._most_held
             assert self.overflow.disk.index.reserved == 0
             assert all(block.pins == 0 for block in self.overflow.disk.index)
         pool = self.scheduler.kv_cache_manager.block_pool
@@ -436,7 +436,7 @@ class DiskMachine(SchedulerMachine):
             return
         self.seen[f"held back, to {then}"] += 1
         self.seen["shared reads"] += any(
-            len(flight.fetches) > 1 for flight in self.offload.overflow._flights.values()
+            len(read.fetches) > 1 for read in self.offload.overflow.fetches.under_way
         )
         if then == "be late":
             self.be_impatient()
@@ -457,7 +457,7 @@ class DiskMachine(SchedulerMachine):
         prefetcher._deadline_s = patience
 
     def is_held_back(self, name: str) -> bool:
-        fetch = self.offload.overflow.fetch_of(name)
+        fetch = self.offload.overflow.fetches.of(name)
         return fetch is not None and fetch.under_way
 
 

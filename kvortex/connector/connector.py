@@ -23,7 +23,7 @@ except ImportError:
     KVConnectorTransferResults = HOST = None
 
 from kvortex.config import KVortexConfig
-from kvortex.connector.disk_namespace import keys_last
+from kvortex.connector.disk_namespace import bytes_last, keys_last
 from kvortex.connector.geometry import geometry_of, unsupported
 from kvortex.connector.hooks import hooked_layers
 from kvortex.connector.messages import PlanMessage, ReportMessage
@@ -99,7 +99,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
             self._warn(reason)
             if self._geometry is not None:
                 self._scheduler = SchedulerSide(
-                    self._config, self._geometry, keys_last=self._keys_last(vllm_config)
+                    self._config, self._geometry, outlives=self._outlives(vllm_config)
                 )
                 told = vllm_config.kv_events_config
                 if told is not None and told.enable_kv_cache_events:
@@ -297,15 +297,23 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         """Counters for /metrics."""
         return KVortexPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
-    def _keys_last(self, vllm_config: VllmConfig) -> bool:
+    def _outlives(self, vllm_config: VllmConfig) -> bool:
         """Whether a disk is of use after a restart; says what to do if not."""
-        if self._config.disk_path is None or keys_last(vllm_config):
+        if self._config.disk_path is None:
             return True
-        logger.warning(
-            "disk_path: this vLLM names blocks anew at every start, so nothing will be found on "
-            "disk after a restart; start it with PYTHONHASHSEED=0 in its environment."
-        )
-        return False
+        if not bytes_last(vllm_config):
+            logger.warning(
+                "disk_path: calculate_kv_scales finds the KV cache's scales anew at each start, so "
+                "nothing on disk is of use after a restart; take them from the checkpoint."
+            )
+            return False
+        if not keys_last(vllm_config):
+            logger.warning(
+                "disk_path: this vLLM names blocks anew at every start, so nothing will be found "
+                "on disk after a restart; start it with PYTHONHASHSEED=0 in its environment."
+            )
+            return False
+        return True
 
     def _plan(self) -> StepPlan:
         message = self._get_connector_metadata()

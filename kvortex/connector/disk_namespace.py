@@ -5,33 +5,27 @@ from __future__ import annotations
 import json
 import os
 from hashlib import blake2b
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
 
+from kvortex.connector.weight_files import weight_files
 from kvortex.disk import Namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vllm.config import ModelConfig, VllmConfig
 
     from kvortex.connector.geometry import Geometry
     from kvortex.layout import Layout
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
-SAMPLES, SAMPLE_BYTES = 32, 4096
-"""Of each file, evenly spread."""
-
 
 def namespace_of(vllm_config: VllmConfig, geometry: Geometry, layout: Layout) -> Namespace:
     """Where any of this differs the bytes of a block may, and another cache is used.
 
-    Weights count by the names, sizes and times of their files, and by samples of what is in them:
-    to read them all takes minutes.
+    Weights count by their files (see `weight_files`), also those of a draft model, whose layers
+    have pages in a block, too. Those of LoRA adapters are in the keys (see `Adapters`).
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     told: dict[str, Any] = {
@@ -54,10 +48,20 @@ def namespace_of(vllm_config: VllmConfig, geometry: Geometry, layout: Layout) ->
     }
     if vllm_config.load_config.load_format == "dummy":
         told["random_weights"] = model.seed
+    models = [model]
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    if draft is not None and _naming(draft) != _naming(model):  # as with n-grams it is the model
+        told["draft_model"] = ", ".join(_naming(draft))
+        models.append(draft)
+    weights = [(weight_files(m.model, m.revision), str(m.hf_config.to_dict())) for m in models]
     pages = [(page.name, page.slot_offset, tuple(page.view.shape[1:])) for page in layout.pages]
-    hidden = [pages, sorted(_weights(model)), str(model.hf_config.to_dict())]
-    identity = blake2b(json.dumps([told, hidden]).encode(), digest_size=32).digest()
+    identity = blake2b(json.dumps([told, pages, weights]).encode(), digest_size=32).digest()
     return Namespace(identity, told)
+
+
+def bytes_last(vllm_config: VllmConfig) -> bool:
+    """Whether the bytes of a block will be the same in the next life of this server."""
+    return not getattr(vllm_config.cache_config, "calculate_kv_scales", False)
 
 
 def keys_last(vllm_config: VllmConfig) -> bool:
@@ -72,6 +76,11 @@ def keys_last(vllm_config: VllmConfig) -> bool:
     return bool(seed_of(hash_fn) == seed_of(hash_fn))
 
 
+def _naming(model: ModelConfig) -> tuple[str, ...]:
+    """What its weights are called, and how they are used."""
+    return model.model, str(model.revision), str(model.dtype), str(model.quantization)
+
+
 def _layout_name(vllm_config: VllmConfig) -> str:
     """The order of a page's bytes, of which its runs need not tell."""
     chosen = getattr(vllm_config.cache_config, "kv_cache_layout", None)
@@ -83,35 +92,3 @@ def _backends(vllm_config: VllmConfig, geometry: Geometry) -> list[str]:
     layers = vllm_config.compilation_config.static_forward_context
     known = [layers[name] for name in geometry.layer_names if name in layers]
     return sorted({layer.get_attn_backend().__qualname__ for layer in known})
-
-
-def _weights(model: ModelConfig) -> Iterator[tuple[str, str, int, int, str]]:
-    """Of each file what changes with its content."""
-    folder = _folder_of(model)
-    if folder is None:
-        return
-    for path in folder.iterdir():
-        if path.suffix in WEIGHTS:
-            facts = path.stat()
-            target = path.resolve().name
-            yield path.name, target, facts.st_size, facts.st_mtime_ns, _sampled(path, facts.st_size)
-
-
-def _sampled(path: Path, size: int) -> str:
-    """Two models of one shape differ nearly everywhere; their times may have been set alike."""
-    digest = blake2b(digest_size=16)
-    with path.open("rb") as file:
-        for number in range(SAMPLES):
-            file.seek(number * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _folder_of(model: ModelConfig) -> Path | None:
-    """The local folder of a model, downloaded or not; None if it lies elsewhere."""
-    if Path(model.model).is_dir():
-        return Path(model.model)
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
-    return Path(config).parent if isinstance(config, str) else None

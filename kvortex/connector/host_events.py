@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id, maybe_convert_block_hash
 
+from kvortex.connector.adapters import unmarked
+
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
 
@@ -41,7 +43,7 @@ class HostEvents:
         ]
 
     def _event(self, keys: list[BlockKey], readable: bool, group: int) -> KVCacheEvent:
-        hashes = [maybe_convert_block_hash(get_block_hash(key)) for key in keys]
+        hashes = [maybe_convert_block_hash(unmarked(get_block_hash(key))) for key in keys]
         if not readable:
             return BlockRemoved(block_hashes=hashes, medium=MEDIUM, group_idx=group)
         return BlockStored(

@@ -93,7 +93,7 @@ class LoadPlanner:
             keys += of_group
             parents += tracked.parents(group, start, end) if reach.whole else [None] * len(of_group)
         on_disk = sum(key not in self._readable for key in keys)
-        if self._pays(more, self.tokens(on_disk), overflow.read_seconds(on_disk)):
+        if self._pays(more, self.tokens(on_disk), overflow.fetches.seconds(on_disk)):
             return keys, parents
         tracked.unfetched = more
         return [], []

@@ -28,6 +28,7 @@ class Prefetcher:
     ) -> None:
         self._deadline_s = config.disk_read_deadline_ms / 1e3
         self._overflow = overflow
+        self._fetches = overflow.fetches
         self._loads = loads
         self._counters = counters
         self._since: dict[str, float] = {}
@@ -40,12 +41,13 @@ class Prefetcher:
         Where the host had no room for all of it, as many others wait, it may have by now.
         """
         request_id = tracked.request.request_id
-        fetch = self._overflow.fetch_of(request_id)
-        if request_id in self._late or (fetch is not None and not fetch.short):
+        fetch = self._fetches.of(request_id)
+        begun = fetch is not None and not fetch.short
+        if begun or self._overflow.reading_off or request_id in self._late:
             return
         keys, parents = self._loads.beyond_host(tracked, self._overflow)
         if keys:
-            self._overflow.fetch(request_id, keys, parents)
+            self._fetches.begin(request_id, keys, parents)
             self._loads.look(tracked)  # others have left the host to make room
 
     def holds_back(self, tracked: TrackedRequest) -> bool:
@@ -55,7 +57,7 @@ class Prefetcher:
             return False
         if self._overflow.known:
             self.begin(tracked)
-            fetch = self._overflow.fetch_of(request_id)
+            fetch = self._fetches.of(request_id)
             if fetch is None or not fetch.under_way:
                 return False
         now = time.monotonic()
@@ -67,8 +69,8 @@ class Prefetcher:
 
     def end(self, request_id: str) -> int:
         """The request has what it can have, or is gone; returns how many blocks came from disk."""
-        fetch = self._overflow.fetch_of(request_id)
-        self._overflow.release(request_id)
+        fetch = self._fetches.of(request_id)
+        self._fetches.release(request_id)
         self._since.pop(request_id, None)
         self._late.discard(request_id)
         return fetch.arrived if fetch is not None else 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex.config import slots_in_pool
+from kvortex.connector.adapters import Adapters
 from kvortex.connector.explanation import explain
 from kvortex.connector.host_events import HostEvents
 from kvortex.connector.load_planner import LoadPlanner
@@ -56,16 +58,14 @@ class SchedulerSide:
     Args:
         config: of the connector.
         geometry: of the KV cache.
-        keys_last: whether what is on disk can be found after a restart.
+        outlives: whether what is on disk can be found, and is right, after a restart.
 
     Raises:
         ConfigError: a pool without a slot, a policy that is not installed, a trace that cannot be
             written.
     """
 
-    def __init__(
-        self, config: KVortexConfig, geometry: Geometry, *, keys_last: bool = True
-    ) -> None:
+    def __init__(self, config: KVortexConfig, geometry: Geometry, *, outlives: bool = True) -> None:
         ranks = geometry.num_ranks
         host = _tier(config, slots_in_pool(config, geometry.slot_bytes, ranks))
         disk = None
@@ -79,10 +79,12 @@ class SchedulerSide:
         self._reaches = geometry.reaches
         self._loads = LoadPlanner(config, geometry, host.readable, self.costs)
         self._prefetcher: Prefetcher | None = None
+        self._adapters: Adapters | None = None
         overflow = self.offload.overflow
         if overflow is not None:
             self._prefetcher = Prefetcher(config, overflow, self._loads, self.offload.counters)
-            if not keys_last:
+            self._adapters = Adapters()
+            if not outlives:
                 overflow.disown()
         self._block_tokens = geometry.block_tokens
         self._pool: BlockPool | None = None
@@ -112,17 +114,23 @@ class SchedulerSide:
     def gauges(self) -> Gauges:
         """How things stand."""
         index, overflow = self.offload.tier.index, self.offload.overflow
-        disk = overflow.disk if overflow is not None else None
-        return Gauges(
+        gauges = Gauges(
             slots=index.num_slots,
             resident_slots=index.resident,
             transfers_under_way=self.offload.num_pending,
             prefill_tokens_per_second=self.costs.prefill_tokens_per_s or 0.0,
             load_bytes_per_second=self.costs.load_bytes_per_s or 0.0,
             store_bytes_per_second=self._store_bytes_per_s or 0.0,
-            disk_slots=disk.index.num_slots if disk is not None else 0,
-            disk_resident_slots=disk.index.resident if disk is not None else 0,
-            disk_read_bytes_per_second=overflow.read_bytes_per_s if overflow is not None else 0.0,
+        )
+        if overflow is None:
+            return gauges
+        return replace(
+            gauges,
+            disk_slots=overflow.disk.index.num_slots,
+            disk_resident_slots=overflow.disk.index.resident,
+            disk_read_bytes_per_second=overflow.fetches.bytes_per_s,
+            disk_reading_off=overflow.reading_off,
+            disk_writing_off=overflow.writing_off,
         )
 
     def arrived(self, request: Request) -> None:
@@ -295,7 +303,8 @@ class SchedulerSide:
     def _track(self, request: Request) -> TrackedRequest:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = TrackedRequest.of(request)
+            mark = self._adapters.mark(request.lora_request) if self._adapters is not None else b""
+            tracked = self._tracked[request.request_id] = TrackedRequest.of(request, mark)
         return tracked
 
     def _touch(self, tracked: TrackedRequest) -> None:

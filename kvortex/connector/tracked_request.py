@@ -22,6 +22,8 @@ class TrackedRequest:
 
     request: Request
     params: RequestParams
+    mark: bytes = b""
+    """In its keys: of its adapter's weights (see `Adapters`)."""
     block_ids: list[list[int]] = field(default_factory=list)
     considered: int = 0
     first: int = 0
@@ -45,16 +47,16 @@ class TrackedRequest:
     _keys: dict[int, list[BlockKey]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, request: Request) -> TrackedRequest:
+    def of(cls, request: Request, mark: bytes = b"") -> TrackedRequest:
         """Nothing is known of it yet but what its client asked for."""
-        return cls(request, RequestParams.of(request.kv_transfer_params))
+        return cls(request, RequestParams.of(request.kv_transfer_params), mark)
 
     def keys(self, group: int, first: int, last: int) -> list[BlockKey]:
         """Of the blocks from `first` up to before `last`, as far as their tokens are known."""
         known = self._keys.setdefault(group, [])
         hashes = self.request.block_hashes
         if len(known) < len(hashes):
-            suffix = make_block_hash_with_group_id(BlockHash(b""), group)
+            suffix = self.mark + make_block_hash_with_group_id(BlockHash(b""), group)
             known += [block_hash + suffix for block_hash in hashes[len(known) :]]
         return known[first:last]
 

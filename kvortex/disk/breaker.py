@@ -1,4 +1,4 @@
-"""Breaker: takes a drive out of service after repeated errors, and tries it again."""
+"""Breaker: takes a drive out of service after repeated errors, and has it tried again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ LONGEST_PAUSE_S = 300.0
 
 
 class Breaker:
-    """Off after some errors in a row; tried once after a pause, which doubles with each failure.
+    """Off after some errors in a row, until a trial goes well; the pause before each trial is twice
+    the last one, and the first again once it was on for as long as that.
 
     Both turns are logged: that it went off, and that it is back. For use from one thread.
 
@@ -28,40 +29,45 @@ class Breaker:
         self._pause = FIRST_PAUSE_S
         self._next_trial = 0.0
         self._on_trial = False
+        self._back_since = float("-inf")
 
-    def allows(self, now: float) -> bool:
-        """Whether to use it at this second; while it is off, once after each pause."""
-        if not self.is_off:
-            return True
-        if now < self._next_trial:
+    def wants_trial(self, now: float) -> bool:
+        """Whether to try it at this second, and tell `end_trial` of it; one at a time."""
+        if not self.is_off or self._on_trial or now < self._next_trial:
             return False
         self._on_trial = True
-        self._next_trial = now + self._pause
         return True
 
-    def succeed(self) -> None:
-        """A use went well; one from before it went off proves nothing until there is a trial."""
-        self._errors = 0
-        if self._on_trial:
-            self.is_off = self._on_trial = False
-            self._pause = FIRST_PAUSE_S
+    def end_trial(self, now: float, *, well: bool) -> None:
+        """What became of a trial."""
+        self._on_trial = False
+        if well:
+            self.is_off = False
+            self._errors = 0
+            self._back_since = now
             logger.warning("Disk cache: %s works again.", self._what)
+        else:
+            self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
+            self._next_trial = now + self._pause
+
+    def succeed(self) -> None:
+        """A use went well; while it is off that is one from before, and proves nothing."""
+        self._errors = 0
 
     def fail(self, now: float, reason: str) -> None:
         """A use failed."""
         self._errors += 1
-        if self._on_trial:
-            self._on_trial = False
-            self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
-            self._next_trial = now + self._pause
-        elif not self.is_off and self._errors >= ERRORS_IN_A_ROW:
-            self.is_off = True
-            self.times_off += 1
-            self._next_trial = now + self._pause
-            logger.warning(
-                "Disk cache: %s is off after %d errors in a row (%s); blocks are computed instead, "
-                "and it is tried again from time to time.",
-                self._what,
-                self._errors,
-                reason,
-            )
+        if self.is_off or self._errors < ERRORS_IN_A_ROW:
+            return
+        self.is_off = True
+        self.times_off += 1
+        lasted = now - self._back_since > self._pause
+        self._pause = FIRST_PAUSE_S if lasted else min(2 * self._pause, LONGEST_PAUSE_S)
+        self._next_trial = now + self._pause
+        logger.warning(
+            "Disk cache: %s is off after %d errors in a row (%s); blocks are computed instead, "
+            "and it is tried again from time to time.",
+            self._what,
+            self._errors,
+            reason,
+        )

@@ -32,12 +32,20 @@ class DiskFile:
         OSError: it cannot be opened.
     """
 
+    _fd = -1
+
     def __init__(
         self, folder: int, name: str, *, create: bool = True, direct: bool = False
     ) -> None:
         self.name = name
         self._fd = open_own(folder, name, create=create)
         self.direct = direct and self._bypass_cache()
+
+    @property
+    def inode(self) -> tuple[int, int]:
+        """What it is to the system, whatever its name: the numbers of device and inode."""
+        found = os.fstat(self._fd)
+        return found.st_dev, found.st_ino
 
     @property
     def size(self) -> int:
@@ -89,6 +97,9 @@ class DiskFile:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> Self:
         return self

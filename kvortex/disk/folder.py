@@ -29,6 +29,8 @@ NEW_ABOUT = ABOUT + ".new"
 OWN_NAMES = (NEW_ABOUT, ABOUT, RECORDS, SLOTS, LOCK)
 """In the order in which they are removed: the lock is the last."""
 ROOT_LOCK = ".kvortex-lock"
+LIFE = "life"
+"""In what a folder says of itself: drawn by each server that opens it."""
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 LONGEST_ABOUT = 1 << 20
 _NAMESPACE = re.compile(r"[0-9a-f]{32}")
@@ -38,24 +40,39 @@ _RANK = re.compile(r"rank-\d{1,9}")
 class RankFolder:
     """An open folder that no other server can open meanwhile; `fd` is its descriptor.
 
-    Opening it removes the caches under `disk_path` that belong to other namespaces and that no
-    server holds: what servers leave behind must not fill the disk. `removed` counts them.
+    Args:
+        root: the `disk_path`.
+        namespace: digest that names the cache.
+        rank: whose folder it is.
+        life: that `describe` was told when the folder was open before: it has to be there still, as
+            it was left. None makes it if need be.
 
     Raises:
         ConfigError: another server holds it, or something is there that is not ours.
         OSError: it cannot be made or opened.
     """
 
-    def __init__(self, root: Path, namespace: bytes, rank: int) -> None:
-        self.path = root / namespace.hex() / f"rank-{rank}"
+    def __init__(self, root: Path, namespace: bytes, rank: int, life: str | None = None) -> None:
+        self.namespace = namespace.hex()
+        self.path = root / self.namespace / f"rank-{rank}"
+        make = life is None
         with ExitStack() as stack:
-            root_fd = stack.enter_context(_made_root(root))
-            with held(root_fd, ROOT_LOCK):  # nobody removes what we are making
-                above = stack.enter_context(_made_folder(root_fd, namespace.hex()))
-                self.fd = stack.enter_context(_made_folder(above, self.path.name))
-                stack.enter_context(self._held_alone())
-                self.removed = remove_idle(root_fd, keep=namespace.hex())
+            self.root = stack.enter_context(_made_root(root) if make else opened_folder(root))
+            with self.nobody_else_opening(make=make):
+                above = stack.enter_context(_own_folder(self.root, self.namespace, make=make))
+                self.fd = stack.enter_context(_own_folder(above, self.path.name, make=make))
+                stack.enter_context(self._held_alone(make=make))
+                if not make and read_about(self.fd).get(LIFE) != life:
+                    raise ConfigError(
+                        "another server used the cache meanwhile; start this one anew"
+                    )
             self._held = stack.pop_all()
+
+    @contextmanager
+    def nobody_else_opening(self, *, make: bool = True) -> Iterator[None]:
+        """Meanwhile no other server makes, opens or removes a cache under the same `disk_path`."""
+        with held(self.root, ROOT_LOCK, create=make):
+            yield
 
     def describe(self, about: Mapping[str, Any]) -> None:
         """Keep `about` as JSON, for people who look into the folder."""
@@ -63,6 +80,8 @@ class RankFolder:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
             file.truncate()
             json.dump(dict(about), file, indent=1)
+            file.flush()
+            os.fsync(fd)  # a mount that returns is known by it
         os.rename(NEW_ABOUT, ABOUT, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def close(self) -> None:
@@ -76,10 +95,10 @@ class RankFolder:
         self.close()
 
     @contextmanager
-    def _held_alone(self) -> Iterator[None]:
+    def _held_alone(self, *, make: bool) -> Iterator[None]:
         with ExitStack() as stack:
             try:
-                lock = stack.enter_context(held(self.fd, LOCK, wait=False))
+                lock = stack.enter_context(held(self.fd, LOCK, wait=False, create=make))
             except BlockingIOError:
                 holder = _text(self.fd, LOCK, 32).strip() or "unknown"
                 raise ConfigError(
@@ -89,11 +108,6 @@ class RankFolder:
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
             yield
-
-
-def remove_idle(root: int, keep: str | None = None) -> int:
-    """Remove the caches under an open `disk_path` that no server holds; returns how many."""
-    return sum(_removed(root, name) for name in namespaces(root) if name != keep)
 
 
 def namespaces(root: int) -> list[str]:
@@ -169,10 +183,11 @@ def _made_root(root: Path) -> Iterator[int]:
 
 
 @contextmanager
-def _made_folder(above: int, name: str) -> Iterator[int]:
+def _own_folder(above: int, name: str, *, make: bool) -> Iterator[int]:
     """A folder of ours, 0700."""
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(name, 0o700, dir_fd=above)
+    if make:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=above)
     if not stat.S_ISDIR(os.stat(name, dir_fd=above, follow_symlinks=False).st_mode):
         raise ConfigError(f"{name} is a link or no folder; remove it or name another disk_path")
     with opened_folder(name, above) as fd:
@@ -191,22 +206,3 @@ def held(folder: int, name: str, *, wait: bool = True, create: bool = True) -> I
         yield fd
     finally:
         os.close(fd)
-
-
-def _removed(root: int, name: str) -> bool:
-    """Remove a cache with all its ranks if nobody holds one; what is not ours in it stays."""
-    try:
-        with opened_folder(name, root) as namespace, ExitStack() as stack:
-            found = ranks(namespace)
-            folders = [stack.enter_context(opened_folder(rank, namespace)) for rank in found]
-            for folder in folders:
-                stack.enter_context(held(folder, LOCK, wait=False))
-            for rank, folder in zip(found, folders, strict=True):
-                for own in OWN_NAMES:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(own, dir_fd=folder)
-                os.rmdir(rank, dir_fd=namespace)
-        os.rmdir(name, dir_fd=root)
-    except (OSError, ConfigError):
-        return False
-    return True

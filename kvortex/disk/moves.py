@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ERASE = -1
-"""Instead of a job, with the slot as its position."""
+ERASE, WIPE, TRIAL = -1, -2, -3
+"""Instead of a job: erase the slot that is the position; erase all records; see whether the drive
+works, in time."""
 WRITE_PATIENCE_S = 5.0
 """A block that could not be written so long after its appointment is given up: its host slot is
 needed."""
@@ -36,21 +37,28 @@ class Moves:
         memory: the host slots, one behind the other.
         jobs: by id.
         closing: set, nobody waits for an appointment any more.
+        renew: has the files opened anew, if they are not where they were.
     """
 
     def __init__(
-        self, files: SlotFiles, memory: memoryview, jobs: Mapping[int, DiskJob], closing: Event
+        self,
+        files: SlotFiles,
+        memory: memoryview,
+        jobs: Mapping[int, DiskJob],
+        closing: Event,
+        renew: Callable[[], None],
     ) -> None:
         self._files = files
         self._memory = memory
         self._jobs = jobs
         self._closing = closing
+        self._renew = renew
 
     def write(self, row: list[int]) -> Status:
         """Write a block when its time has come, or erase a slot."""
         job_id, position, _part, _parts, start = row
-        if job_id == ERASE:
-            return _guarded(None, lambda: self._erase(position))
+        if job_id < 0:
+            return _guarded(None, lambda: self._carry_out(job_id, position, start))
         job = self._jobs[job_id]
         if not self._exists(job, position):
             return Status.REFUSED
@@ -64,6 +72,8 @@ class Moves:
     def read(self, row: list[int]) -> Status:
         """Read a part of a block unless that is too late; the last part to end checks the whole."""
         job_id, position, part, parts, deadline = row
+        if job_id < 0:
+            return _guarded(None, lambda: self._carry_out(job_id, position, deadline))
         job = self._jobs[job_id]
         block = job.reads[position]
         status = Status.LATE
@@ -77,8 +87,17 @@ class Moves:
             return self._checked(job, position)
         return status
 
-    def _erase(self, slot: int) -> Status:
-        self._files.erase(slot)
+    def _carry_out(self, what: int, position: int, deadline: int) -> Status:
+        """An order that belongs to no job."""
+        if what == ERASE:
+            self._files.erase(position)
+        elif what == WIPE:
+            self._files.wipe()
+        else:
+            self._renew()
+            self._files.try_out(writes=bool(position))
+            if microseconds(time.monotonic()) > deadline:
+                return Status.LATE
         return Status.DONE
 
     def _write(self, job: DiskJob, position: int) -> Status:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from contextlib import ExitStack
+import secrets
+from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from kvortex.config import GIB
 from kvortex.core import ConfigError
-from kvortex.disk.folder import RankFolder
+from kvortex.disk.folder import LIFE, RankFolder
 from kvortex.disk.format import FORMAT, RecordFormat, stride
+from kvortex.disk.neighbours import Neighbours
 from kvortex.disk.slots import SlotFiles
 
 if TYPE_CHECKING:
@@ -42,35 +45,85 @@ class OpenCache:
         open_file: OpenFile,
     ) -> None:
         digest = namespace.digest(slot_bytes)
-        record_format = RecordFormat(digest, rank, slot_bytes)
+        self._record_format = RecordFormat(digest, rank, slot_bytes)
+        self._life = secrets.token_hex(16)
+        self._open_folder = partial(RankFolder, disk_path, digest, rank)
         about = {
             "format": FORMAT,
             "rank": rank,
             "slot_bytes": slot_bytes,
             "num_slots": num_slots,
             "namespace": dict(namespace.description),
+            LIFE: self._life,
         }
-        with ExitStack() as stack:
+        self._renewing = Lock()
+        try:
+            self._folder = self._open_folder()
             try:
-                folder = stack.enter_context(RankFolder(disk_path, digest, rank))
-                folder.describe(about)
-                files = SlotFiles(folder.fd, record_format, num_slots, open_file)
-                self.files = stack.enter_context(files)
-            except (ConfigError, OSError) as error:
-                told = _cannot_use(disk_path, error, num_slots * stride(slot_bytes))
-                raise ConfigError(told) from error
-            self.removed = folder.removed
-            self._opened = stack.pop_all()
+                self._folder.describe(about)
+                self.files = self._make_files(num_slots, open_file)
+            except BaseException:
+                self._folder.close()
+                raise
+        except (ConfigError, OSError) as error:
+            told = _cannot_use(disk_path, error, num_slots * stride(slot_bytes))
+            raise ConfigError(told) from error
         self._warn(disk_path)
+
+    def renew(self) -> None:
+        """Have the files open that are in the folder now, where its mount vanished or returned.
+
+        Only those of this very life are used again: nothing is made in what may be the bare folder
+        below a mount, and a cache that another server had meanwhile is left to the next start. May
+        be called on any lane.
+
+        Raises:
+            OSError: they are not there.
+        """
+        with self._renewing:
+            if self.files.is_at(self._folder.path):
+                return
+            self.files.let_go()
+            self._folder.close()  # else its file system could not be mounted anew
+            try:
+                folder = self._open_folder(self._life)
+                try:
+                    self.files.reopen(folder.fd)
+                except BaseException:
+                    folder.close()
+                    raise
+            except ConfigError as error:
+                raise OSError(errno.ENODEV, str(error)) from None
+            self._folder = folder
 
     def close(self) -> None:
         """May be called twice."""
-        self._opened.close()
+        self.files.close()
+        self._folder.close()
+
+    def _make_files(self, num_slots: int, open_file: OpenFile) -> SlotFiles:
+        """Set the slots aside; caches of others stay as far as there is room beside."""
+        with self._folder.nobody_else_opening():
+            others = Neighbours(self._folder.root, self._folder.namespace)
+            while True:
+                try:
+                    files = SlotFiles(self._folder.fd, self._record_format, num_slots, open_file)
+                    break
+                except OSError as error:
+                    if error.errno not in NO_ROOM or not others.make_room():
+                        raise
+            if files.preallocated:
+                others.leave_spare()
+            else:  # nobody knows whether there will be room for both
+                others.leave()
+            self.removed = others.removed
+        return files
 
     def _warn(self, disk_path: Path) -> None:
         if self.removed:
             logger.warning(
-                "Disk cache: removed %d that other models, weights or settings left at %s.",
+                "Disk cache: removed %d that other models, weights or settings left at %s, to make "
+                "room.",
                 self.removed,
                 disk_path,
             )
@@ -103,7 +156,7 @@ def disk_slots_in_pool(disk_pool_gb: float, slot_bytes: int, num_ranks: int = 1)
 def _cannot_use(disk_path: Path, error: Exception, size: int) -> str:
     """What is wrong with the folder, and what to write instead."""
     told = f"disk_path={str(disk_path)!r}: "
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         there = next(path for path in (disk_path, *disk_path.parents) if path.exists())
         room = os.statvfs(there)
         free = room.f_bavail * room.f_frsize / GIB

@@ -10,6 +10,18 @@ from kvortex.disk.slots import Status
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+TOLD = (
+    "corrupt_blocks",
+    "stale_blocks",
+    "invalid_records",
+    "read_errors",
+    "write_errors",
+    "slow_blocks",
+    "refused_blocks",
+    "times_off",
+    "removed_caches",
+)
+"""Counters that only the worker can count, of which the scheduler side is told."""
 _COUNTED_AS = {
     Status.CORRUPT: "corrupt_blocks",
     Status.STALE: "stale_blocks",
@@ -32,16 +44,17 @@ class DiskCounters:
     """Asked for in a slot that holds another key or none; and, at start, older copies of a key."""
     invalid_records: int = 0
     """At start: torn, moved, or somebody else's."""
-    failed_reads: int = 0
+    read_errors: int = 0
     """Blocks that the drive failed to read."""
-    failed_writes: int = 0
+    write_errors: int = 0
+    """Blocks that it failed to write."""
     slow_blocks: int = 0
     """Blocks that were not read by their deadline, or not written in time."""
     refused_blocks: int = 0
     """Not tried: the drive is off, behind, or may not be written faster."""
     times_off: int = 0
     """How often reading or writing was switched off after errors."""
-    removed_namespaces: int = 0
+    removed_caches: int = 0
     """Caches of other models that were removed at start."""
 
     def count_move(self, *, is_read: bool, blocks: int, slot_bytes: int) -> None:
@@ -56,7 +69,7 @@ class DiskCounters:
     def count_failures(self, statuses: Collection[Status], *, is_read: bool) -> None:
         """Blocks that did not."""
         for status in statuses:
-            name = _COUNTED_AS.get(status) or ("failed_reads" if is_read else "failed_writes")
+            name = _COUNTED_AS.get(status) or ("read_errors" if is_read else "write_errors")
             setattr(self, name, getattr(self, name) + 1)
 
     def as_dict(self) -> dict[str, int]:
@@ -69,11 +82,12 @@ class StoreReport:
     """What became of jobs since the last report.
 
     `ended` has, per job, the positions that failed; its slots, host and disk, are free to be used.
-    `late` names reads that passed their deadline: what waits for them should compute instead. They
-    still hold their slots, and end in a later report. `lost` has, per read, those of the failed
-    positions of which the disk does not have the bytes; the others can be read another time.
+    `lost` has, per read, those of the failed positions of which the disk does not have the bytes;
+    the others can be read another time. While reading or writing is off, jobs of that kind are
+    refused; a later report tells that it is on again.
     """
 
     ended: dict[int, frozenset[int]]
-    late: frozenset[int] = frozenset()
     lost: dict[int, frozenset[int]] = field(default_factory=dict)
+    reading_off: bool = False
+    writing_off: bool = False

@@ -6,9 +6,12 @@ So whatever was interrupted or lost by the drive, a slot holds the bytes of its 
 
 from __future__ import annotations
 
+import errno
 import mmap
+import random
 import secrets
 import time
+from dataclasses import dataclass
 from enum import IntEnum
 from threading import local
 from typing import TYPE_CHECKING, Self
@@ -33,11 +36,15 @@ from kvortex.disk.format import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from kvortex.core import BlockIds, BlockKey
     from kvortex.disk.format import Digests, Survivors
 
     OpenFile = Callable[..., DiskFile]
+
+WIPED_BYTES = 1 << 20
+"""At once."""
 
 
 class Status(IntEnum):
@@ -54,6 +61,16 @@ class Status(IntEnum):
     """It came too late to be tried."""
     REFUSED = 5
     """The store is off, closed, or has too much to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Both files as they were opened together; closed when nobody uses them any more."""
+
+    records: DiskFile
+    slots: DiskFile
+    in_place: bool
+    """Whether blocks in memory can be read and written as they are."""
 
 
 class SlotFiles:
@@ -83,37 +100,54 @@ class SlotFiles:
         self.slot_bytes = record_format.slot_bytes
         self._format = record_format
         self.stride = stride(record_format.slot_bytes)
-        self._records = open_file(folder, RECORDS)
+        self._open_file = open_file
+        self._bounce = local()
+        self._files: _Files | None = self._opened(folder, create=True)
         try:
-            self._slots = open_file(folder, SLOTS, direct=True)
-        except BaseException:
-            self._records.close()
-            raise
-        try:
-            self.preallocated = self._slots.allocate(num_slots * self.stride)
-            self._table = self._read_table(num_slots)
+            # The page behind the last slot is for trials.
+            self.preallocated = self._files.slots.allocate(num_slots * self.stride + PAGE)
+            self._table = self._read_table(self._files.records)
             self.survivors: Survivors = record_format.read_table(memoryview(self._table))
             self._forget_all_but(self.survivors.slots)
         except BaseException:
             self.close()
             raise
-        self._in_place = not self.direct or record_format.slot_bytes % PAGE == 0
-        self._bounce = local()
-
-    @property
-    def direct(self) -> bool:
+        self.direct = self._files.slots.direct
         """Whether reads and writes bypass the page cache."""
-        return self._slots.direct
+
+    def is_at(self, folder: Path) -> bool:
+        """Whether the files that are open are those of a folder, as it is now."""
+        files = self._files
+        if files is None:
+            return False
+        try:
+            found = (folder / SLOTS).lstat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == files.slots.inode
+
+    def let_go(self) -> None:
+        """Have the files closed once nobody reads or writes them; from now on all calls fail."""
+        self._files = None
+
+    def reopen(self, folder: int) -> None:
+        """Go on with the files of another open folder, which must be those that were let go.
+
+        What slots hold is known from before, with the checksums: what is not there any more, or is
+        something else by now, is found out when it is read.
+
+        Raises:
+            ConfigError, OSError: the files are not there, or cut off.
+        """
+        files = self._opened(folder, create=False)
+        whole = self.num_slots * self.stride <= files.slots.size
+        if not whole or files.records.size < len(self._table):
+            raise OSError(errno.EIO, "its files were cut off")
+        self._files = files
 
     def record(self, slot: int) -> Record | None:
         """Whose bytes a slot holds."""
         return peek(self._table, slot)
-
-    def used_slots(self) -> list[int]:
-        """Slots that hold a block."""
-        magic = np.frombuffer(self._table, "<u8")[:: RECORD_BYTES // 8]
-        used: list[int] = np.flatnonzero(magic).tolist()
-        return used
 
     def write(self, slot: int, key: BlockKey, generation: int, block: memoryview) -> None:
         """Keep a block.
@@ -121,12 +155,15 @@ class SlotFiles:
         Raises:
             OSError: the slot holds nothing.
         """
+        files = self._current()
         self.erase(slot)
         digests = np.zeros(num_pieces(len(block)), np.uint64)
         digest_pieces(block, digests, 0, len(digests))
-        self._slots.write(self._padded(block), slot * self.stride)
+        files.slots.write(self._padded(block, files), slot * self.stride)
         record = Record(key, generation, combine(digests), int(time.time()))
-        self._put(slot, self._format.pack(slot, record))
+        packed = self._format.pack(slot, record)
+        files.records.write(packed, slot * RECORD_BYTES)
+        self._table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = packed
 
     def read(self, slot: int, block: memoryview, digests: Digests, first: int, end: int) -> None:
         """Fill pieces `first` to `end` of a block, with their checksums, unverified.
@@ -134,13 +171,14 @@ class SlotFiles:
         Raises:
             OSError: they could not be read.
         """
+        files = self._current()
         part = block[first * PIECE_BYTES : end * PIECE_BYTES]
         offset = slot * self.stride + first * PIECE_BYTES
-        if self._in_place:
-            self._slots.read(part, offset)
+        if files.in_place:
+            files.slots.read(part, offset)
         else:
             padded = self._scratch(len(part))
-            self._slots.read(padded, offset)
+            files.slots.read(padded, offset)
             part[:] = padded[: len(part)]
         digest_pieces(block, digests, first, end)
 
@@ -151,25 +189,57 @@ class SlotFiles:
             OSError: after a restart it may hold again what it held.
         """
         self.forget(slot)
-        self._records.write(NO_RECORD, slot * RECORD_BYTES)
+        self._current().records.write(NO_RECORD, slot * RECORD_BYTES)
 
     def forget(self, slot: int) -> None:
         """Have a slot hold nothing until a restart; touches no file."""
         self._table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = NO_RECORD
 
     def renounce(self) -> None:
-        """What is written from now on is nobody's after a restart."""
+        """Have all slots hold nothing, and what is written from now on be nobody's after a restart;
+        touches no file."""
         self._format = RecordFormat(secrets.token_bytes(16), 0, self.slot_bytes)
+        self._table = bytearray(len(self._table))
+
+    def wipe(self) -> None:
+        """Have the disk forget all records, also those written since `renounce`.
+
+        Raises:
+            OSError: after a restart slots may hold again what they held.
+        """
+        records, size, nothing = self._current().records, len(self._table), bytes(WIPED_BYTES)
+        for start in range(0, size, WIPED_BYTES):
+            records.write(memoryview(nothing)[: size - start], start)
+
+    def try_out(self, *, writes: bool) -> None:
+        """Have the drive read a page that it was given, or write one, and a record.
+
+        To write is for the thread that changes slot 0.
+
+        Raises:
+            OSError: it does not work.
+        """
+        files, page = self._current(), self._scratch(PAGE)
+        if writes:
+            files.slots.write(page, self.num_slots * self.stride)
+            files.records.write(bytes(self._table[:RECORD_BYTES]), 0)
+        else:  # any block, as one place may be bad for ever
+            magic = np.frombuffer(self._table, "<u8")[:: RECORD_BYTES // 8]
+            used = np.flatnonzero(magic).tolist() or [0]
+            files.slots.read(page, random.choice(used) * self.stride)
 
     def sync(self) -> None:
         """Have the drive keep what was written."""
-        self._slots.sync()
-        self._records.sync()
+        files = self._current()
+        files.slots.sync()
+        files.records.sync()
 
     def close(self) -> None:
         """May be called twice."""
-        self._records.close()
-        self._slots.close()
+        files, self._files = self._files, None
+        if files is not None:
+            files.records.close()
+            files.slots.close()
 
     def __enter__(self) -> Self:
         return self
@@ -177,11 +247,22 @@ class SlotFiles:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_table(self, num_slots: int) -> bytearray:
-        table = bytearray(num_slots * RECORD_BYTES)
-        there = min(self._records.size, len(table))
-        self._records.read(memoryview(table)[:there], 0)
-        self._records.allocate(len(table))
+    def _opened(self, folder: int, *, create: bool) -> _Files:
+        records = self._open_file(folder, RECORDS, create=create)
+        slots = self._open_file(folder, SLOTS, create=create, direct=True)
+        return _Files(records, slots, not slots.direct or self.slot_bytes % PAGE == 0)
+
+    def _current(self) -> _Files:
+        files = self._files
+        if files is None:
+            raise OSError(errno.ENODEV, "its folder is not there")
+        return files
+
+    def _read_table(self, records: DiskFile) -> bytearray:
+        table = bytearray(self.num_slots * RECORD_BYTES)
+        there = min(records.size, len(table))
+        records.read(memoryview(table)[:there], 0)
+        records.allocate(len(table))
         return table
 
     def _forget_all_but(self, slots: BlockIds) -> None:
@@ -190,12 +271,8 @@ class SlotFiles:
         away[slots] = False
         rows[away] = 0
 
-    def _put(self, slot: int, packed: bytes) -> None:
-        self._records.write(packed, slot * RECORD_BYTES)
-        self._table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = packed
-
-    def _padded(self, block: memoryview) -> memoryview:
-        if self._in_place:
+    def _padded(self, block: memoryview, files: _Files) -> memoryview:
+        if files.in_place:
             return block
         padded = self._scratch(len(block))
         padded[: len(block)] = block

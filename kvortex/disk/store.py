@@ -21,7 +21,7 @@ from kvortex.disk.file import DiskFile
 from kvortex.disk.format import num_pieces
 from kvortex.disk.job import BlockRead, DiskJob
 from kvortex.disk.lane import Lane
-from kvortex.disk.moves import ERASE, WRITE_PATIENCE_S, Moves, microseconds
+from kvortex.disk.moves import ERASE, TRIAL, WIPE, WRITE_PATIENCE_S, Moves, microseconds
 from kvortex.disk.opening import OpenCache
 from kvortex.disk.pace import Pace
 from kvortex.disk.report import DiskCounters, StoreReport
@@ -70,8 +70,8 @@ class DiskStore:
     job before it ended, nor erase or write a slot that another job uses.
 
     Args:
-        disk_path: folder, made if it is not there; everything of other namespaces in it that no
-            server holds is removed.
+        disk_path: folder, made if it is not there; caches of other namespaces in it that no server
+            holds stay as long as there is room.
         namespace: what the bytes depend on.
         rank: of this worker; each has a folder of its own.
         num_slots: on the disk; set aside at once. More than before keeps what there is, less
@@ -109,17 +109,18 @@ class DiskStore:
         self._unerased: set[int] = set()
         """Slots to erase for which no lane had room yet."""
         self._erasing: set[int] = set()
+        self._to_wipe = self._wiping = False
         self._cache = OpenCache(disk_path, namespace, rank, num_slots, pool.slot_bytes, open_file)
         self._files = self._cache.files
         found = self._files.survivors
-        self.counters.removed_namespaces = self._cache.removed
+        self.counters.removed_caches = self._cache.removed
         self.counters.invalid_records = found.invalid
         self.counters.stale_blocks = len(found.stale)
         self._unerased.update(found.stale.tolist())
         self._generation = 1 + int(max(found.generations, default=0))
         self._answered = Bell()
         self._closing = Event()
-        moves = Moves(self._files, self._memory, self._jobs, self._closing)
+        moves = Moves(self._files, self._memory, self._jobs, self._closing, self._cache.renew)
         self._readers = self._start_lanes("kvortex-disk-read", options.readers, moves.read)
         self._writers = self._start_lanes("kvortex-disk-write", options.writers, moves.write)
         self._lanes = (*self._readers, *self._writers)
@@ -146,7 +147,7 @@ class DiskStore:
         job = DiskJob(job_id, keys, list(disk_slots), list(host_slots), now, parts=1)
         job.generation = self._generation
         self._generation += len(keys)
-        allowed = not self._closing.is_set() and self._writing.allows(now)
+        allowed = not self._closing.is_set() and not self._writing.is_off
         starts = [self._pace.appoint(self.slot_bytes, now) if allowed else None for _ in keys]
         job.deadline = max((s for s in starts if s is not None), default=now) + WRITE_PATIENCE_S
         self._jobs[job_id] = job
@@ -177,7 +178,7 @@ class DiskStore:
         job = DiskJob(job_id, keys, list(disk_slots), list(host_slots), deadline, parts)
         job.reads = [BlockRead.of(self._pieces) for _ in keys]
         self._jobs[job_id] = job
-        if self._closing.is_set() or not self._reading.allows(now):
+        if self._closing.is_set() or self._reading.is_off:
             for position in range(count):
                 job.give_up(position, Status.REFUSED)
         else:
@@ -204,25 +205,30 @@ class DiskStore:
         self._push_erases()
 
     def clear(self) -> None:
-        """Have everything forgotten, also what is being written; reads under way find nothing."""
-        writing = (slot for job in self._jobs.values() if not job.reads for slot in job.disk_slots)
-        self.erase([*self._files.used_slots(), *writing])
+        """Have everything forgotten, also what is being written; reads under way find nothing.
 
-    def renounce(self) -> None:
-        """Leave nothing of what is written from now on to the next life: the weights may have been
-        changed, and that one will begin with those that the namespace tells of."""
+        Nothing of what is written from now on is left to the next life either: the weights may have
+        been changed, and that one will begin with those that the namespace tells of. So the records
+        can be wiped by one order, whatever else is written meanwhile.
+        """
         self._files.renounce()
+        self._to_wipe = True
+        self._unerased.clear()
+        self.erase(slot for job in self._jobs.values() if not job.reads for slot in job.disk_slots)
 
     def poll(self) -> StoreReport:
         """What became of jobs since the last call. After `close`, every job has ended."""
         self._take_answers()
         if self._closing.is_set():
             self._abandon_all()
+        now = time.monotonic()
+        self._judge_late(now)
         self._push_erases()
+        self._try_again(now)
         ended, self._ended = self._ended, {}
         lost, self._lost = self._lost, {}
         self.counters.times_off = self._reading.times_off + self._writing.times_off
-        return StoreReport(ended, self._newly_late(time.monotonic()), lost)
+        return StoreReport(ended, lost, self._reading.is_off, self._writing.is_off)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until a lane answered since the last wait; returns whether one did."""
@@ -278,16 +284,36 @@ class DiskStore:
             job.end(row[1], Status.REFUSED)
 
     def _push_erases(self) -> None:
-        """While writing is off, one at a time, which is as good a trial as a write."""
-        if not self._unerased or self._closing.is_set():
+        """What finds no room in its lane, or cannot be written now, is pushed later."""
+        if self._closing.is_set() or self._writing.is_off:
             return
-        if not self._writing.allows(time.monotonic()):
-            return
-        for slot in list(self._unerased)[: 1 if self._writing.is_off else None]:
-            row = np.array([(ERASE, slot, 0, 1, 0)], np.int64)
-            if self._writer(slot).push(row):
+        if self._to_wipe and self._order(self._writer(0), WIPE):
+            self._to_wipe, self._wiping = False, True
+        for slot in list(self._unerased):
+            if self._order(self._writer(slot), ERASE, slot):
                 self._unerased.discard(slot)
                 self._erasing.add(slot)
+
+    def _try_again(self, now: float) -> None:
+        """See whether what is off works again, at no request's expense."""
+        if self._closing.is_set() or not (self._reading.is_off or self._writing.is_off):
+            return
+        idlest = min(self._readers, key=lambda lane: lane.under_way)
+        for is_write, (breaker, lane, patience) in enumerate(
+            (
+                (self._reading, idlest, self._read_deadline_s),
+                (self._writing, self._writer(0), WRITE_PATIENCE_S),
+            )
+        ):
+            if breaker.wants_trial(now):
+                until = microseconds(now + patience)
+                if not self._order(lane, TRIAL, is_write, until):
+                    breaker.end_trial(now, well=False)
+
+    @staticmethod
+    def _order(lane: Lane, what: int, position: int = 0, until: int = 0) -> bool:
+        """Push a row that belongs to no job; returns whether there was room."""
+        return lane.push(np.array([(what, position, 0, 1, until)], np.int64)) == 1
 
     def _take_answers(self) -> None:
         for lane in self._lanes:
@@ -296,11 +322,8 @@ class DiskStore:
 
     def _settle(self, job_id: int, position: int, _part: int, _parts: int, status: int) -> None:
         """Take in a lane's answer."""
-        if job_id == ERASE:
-            self._erasing.discard(position)
-            if status != Status.DONE:
-                self._unerased.add(position)
-            self._judge(self._writing, Status(status), "a record cannot be erased")
+        if job_id < 0:
+            self._settle_order(job_id, position, well=status == Status.DONE)
             return
         job = self._jobs.get(job_id)
         if job is None:  # given up when the store closed over a drive that did not answer
@@ -308,6 +331,24 @@ class DiskStore:
         self._judge(self._reading if job.reads else self._writing, Status(status), job.reason)
         job.end(position, Status(status))
         self._finish_if_ended(job)
+
+    def _settle_order(self, what: int, position: int, *, well: bool) -> None:
+        """Take in the answer to a row that belongs to no job."""
+        now = time.monotonic()
+        if what == TRIAL:
+            (self._writing if position else self._reading).end_trial(now, well=well)
+            return
+        if what == WIPE:
+            self._wiping = False
+            self._to_wipe = self._to_wipe or not well
+        else:
+            self._erasing.discard(position)
+            if not well:
+                self._unerased.add(position)
+        if well:
+            self._writing.succeed()
+        else:
+            self._writing.fail(now, "a record cannot be erased")
 
     @staticmethod
     def _judge(breaker: Breaker, status: Status, reason: str) -> None:
@@ -331,14 +372,13 @@ class DiskStore:
         if lost and is_read:
             self._lost[job.id] = lost
 
-    def _newly_late(self, now: float) -> frozenset[int]:
-        """Reads that passed their deadline; a drive that lets any job wait so long is failing."""
+    def _judge_late(self, now: float) -> None:
+        """A drive that lets a job wait past its deadline is failing."""
         late = [job for job in self._jobs.values() if now > job.deadline and not job.is_late]
         for job in late:
             job.is_late = True
             breaker = self._reading if job.reads else self._writing
             breaker.fail(now, "it does not answer in time")
-        return frozenset(job.id for job in late if job.reads)
 
     def _erase_the_rest(self) -> None:
         """After the lanes have ended."""
@@ -348,6 +388,8 @@ class DiskStore:
             if not job.reads:
                 left = zip(job.disk_slots, job.parts_left, strict=True)
                 rest |= {slot for slot, parts in left if parts > 0}
+        if self._to_wipe or self._wiping:
+            self._files.wipe()
         for slot in rest:
             self._files.erase(slot)
 

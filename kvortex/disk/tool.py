@@ -24,7 +24,6 @@ from kvortex.disk.folder import (
     opened_folder,
     ranks,
     read_about,
-    remove_idle,
 )
 from kvortex.disk.format import (
     RECORD_BYTES,
@@ -35,6 +34,7 @@ from kvortex.disk.format import (
     peek,
     stride,
 )
+from kvortex.disk.neighbours import remove_idle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

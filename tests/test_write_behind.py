@@ -1,0 +1,106 @@
+"""WriteBehind: what is written to disk, and when."""
+
+from __future__ import annotations
+
+from overflows import BLOCK_BYTES, PLACE, Setting, name
+
+from kvortex.policies import SecondSight
+
+
+def test_blocks_are_written_in_the_order_of_their_coming_and_few_at_once() -> None:
+    keys = [name(number) for number in range(5)]
+    setting = Setting(16).stored(*keys)
+    order: list[bytes] = []
+    while (plan := setting.plan()).writes:
+        (move,) = plan.writes
+        assert len(move.keys) <= 16 // 8
+        assert not setting.plan().writes  # before these have ended
+        assert all(setting.host.index.get(key).pins == 1 for key in move.keys)  # type: ignore[union-attr]
+        order += move.keys
+        setting.end(move)
+    assert order == keys
+    assert setting.counters.disk_written_blocks == 5
+    assert setting.counters.disk_written_bytes == 5 * BLOCK_BYTES
+    assert all(setting.disk.lookup(key) for key in keys)
+    setting.check()
+
+
+def test_no_more_is_on_its_way_than_may_be_written_in_a_second() -> None:
+    setting = Setting(64, speed=3.5 * BLOCK_BYTES).stored(*map(name, range(8)))
+    (move,) = setting.plan().writes
+    assert len(move.keys) == 3
+    setting = Setting(64, speed=1.0).stored(*map(name, range(8)))
+    (move,) = setting.plan().writes
+    assert len(move.keys) == 1
+
+
+def test_a_block_that_is_only_arriving_goes_on_waiting() -> None:
+    setting = Setting()
+    blocks = setting.host.reserve([b"a"])
+    setting.overflow.write_behind.consider(b"a", PLACE)
+    setting.stored(b"b")
+    (move,) = setting.plan().writes
+    assert move.keys == (b"b",)
+    setting.host.commit(blocks)
+    setting.end(move)
+    (move,) = setting.plan().writes
+    assert move.keys == (b"a",)
+
+
+def test_what_leaves_before_its_turn_is_counted_and_not_remembered() -> None:
+    setting = Setting(8, known=False)
+    for number in range(100):
+        setting.stored(name(number))
+    assert setting.counters.disk_missed_writes == 92
+    assert len(setting.overflow.write_behind._waiting) == 8
+
+
+def test_a_store_that_came_to_nothing_is_not_waited_for() -> None:
+    setting = Setting()
+    blocks = setting.host.reserve([b"a"])
+    setting.overflow.write_behind.consider(b"a", PLACE)
+    setting.host.abort(blocks)
+    assert setting.overflow.pending
+    assert not setting.plan().writes
+    assert setting.counters.disk_missed_writes == 1
+    setting.check()
+
+
+def test_a_disk_too_small_takes_what_it_can() -> None:
+    setting = Setting(64, disk_slots=3).stored(*map(name, range(8)))
+    (move,) = setting.plan().writes
+    assert move.keys == (name(0), name(1), name(2))
+    assert setting.counters.disk_missed_writes == 5
+    setting.end(move)
+    setting.check()
+
+
+def test_only_what_is_worth_a_write_is_written() -> None:
+    setting = Setting(disk_slots=2, admission=SecondSight(2)).survived(b"x", b"y").stored(b"a")
+    assert not setting.plan().writes
+    assert setting.counters.disk_not_admitted == 1
+    setting.overflow.touch([b"a"])
+    (move,) = setting.plan().writes
+    assert move.keys == (b"a",)
+
+
+def test_failed_writes_are_not_on_disk() -> None:
+    setting = Setting(64).stored(b"a", b"b", b"c")
+    (move,) = setting.plan().writes
+    setting.end(move, failed=[1])
+    assert [setting.disk.lookup(key) is not None for key in move.keys] == [True, False, True]
+    assert setting.counters.disk_failed_writes == 1
+    assert setting.counters.disk_written_blocks == 2
+    setting.check()
+
+
+def test_what_the_host_does_not_trust_any_more_does_not_come_to_disk() -> None:
+    setting = Setting(64).stored(b"a", b"b")
+    (move,) = setting.plan().writes
+    block = setting.host.lookup(b"a")
+    assert block is not None
+    setting.host.forget([block])  # as after a load that failed
+    setting.end(move)
+    assert [key in setting.disk.readable for key in (b"a", b"b")] == [False, True]
+    assert setting.counters.disk_failed_writes == 0
+    setting.check()
