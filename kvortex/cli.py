@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvortex import __version__
 from kvortex.commands import (
+    bench,
     completion,
     config,
     demo,
@@ -29,7 +30,7 @@ from kvortex.core import ConfigError, KVortexError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-COMMANDS = (config, plan, doctor, tune, demo, top, simulate, trace, disk, completion)
+COMMANDS = (config, plan, doctor, tune, demo, bench, top, simulate, trace, disk, completion)
 """In the order in which a new user meets them."""
 
 
@@ -56,7 +57,9 @@ def make_parser() -> Parser:
     """Of all commands."""
     parser = Parser(
         prog="kvortex",
-        description="KV cache offloading for vLLM.",
+        description="KV cache offloading for vLLM. Commands end with 0; with 1 where something "
+        "failed or is not as it should be; with 2 where they were asked wrongly; with 130 where "
+        "they were interrupted. An error is one line on standard error.",
         epilog='example: vllm serve MODEL --kv-transfer-config "$(kvortex config)"',
     )
     parser.add_argument("--version", action="version", version=f"kvortex {__version__}")

@@ -60,14 +60,18 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _clear(arguments: argparse.Namespace) -> int:
-    from kvortex.disk.tool import clear, inspect
+    from kvortex.disk.tool import clear, count_caches, inspect
 
-    blocks = sum(info.used for info in inspect(arguments.path))
-    if not arguments.yes and not _confirms(f"remove {blocks} blocks in {arguments.path}?"):
-        print("kvortex: nothing was removed", file=sys.stderr)
-        return outcome.FAILED
-    removed = clear(arguments.path)
-    print(json.dumps({"removed": removed}) if arguments.json else f"{removed} caches removed")
+    path: Path = arguments.path
+    removed = count_caches(path)
+    if removed:  # else nothing is touched: the folder may not be ours
+        blocks = sum(info.used for info in inspect(path))
+        if not arguments.yes and not _confirms(f"remove {blocks} blocks in {path}?"):
+            print("kvortex: nothing was removed", file=sys.stderr)
+            return outcome.FAILED
+        removed = clear(path)
+    told = f"{removed} caches removed" if removed else f"no caches in {path}"
+    print(json.dumps({"removed": removed}) if arguments.json else told)
     return outcome.OK
 
 

@@ -12,6 +12,12 @@ def say(line: str) -> None:
     print(f"[kvortex] {line}", file=sys.stderr, flush=True)
 
 
+def note(line: str) -> None:
+    """One line, for those who wait at a terminal only."""
+    if sys.stderr.isatty():
+        say(line)
+
+
 def draw(done: int, total: int) -> None:
     """A bar, where there is a terminal, at most a hundred times."""
     if sys.stderr.isatty() and (done == total or done * 100 // total > (done - 1) * 100 // total):

@@ -8,7 +8,8 @@ import math
 from pathlib import Path
 
 from kvortex.commands import outcome
-from kvortex.commands.progress import say
+from kvortex.commands.plotting import require_plot
+from kvortex.commands.progress import note, say
 from kvortex.plugins import policy_names
 
 TRACE_HELP = "JSON lines with hash_ids and input_length, or a trace that KVortex recorded"
@@ -48,11 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: a trace, a name or a capacity that is none.
     """
-    from kvortex.simulation import plot, require_plot, simulate, table
+    from kvortex.simulation import plot, simulate, table
     from kvortex.simulator import CLAIRVOYANT
 
     if arguments.plot is not None:
         require_plot(arguments.plot)
+    note(f"reading {arguments.trace}")
     outcomes = simulate(
         arguments.trace,
         arguments.policy or [*policy_names(), CLAIRVOYANT],

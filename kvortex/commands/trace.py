@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex.commands import config, outcome
+from kvortex.commands.progress import note
 from kvortex.commands.settings import settings_parser
 from kvortex.commands.simulate import TRACE_HELP
 
@@ -49,6 +50,7 @@ def _record(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     from kvortex.trace import read_trace
 
+    note(f"reading {arguments.trace}")
     facts = read_trace(arguments.trace).facts()
     if arguments.json:
         print(json.dumps(facts))
