@@ -45,7 +45,7 @@ def sample(source: str, prompt: int = 1, **told: Any) -> Sample:
 
 
 def measured(*samples: Sample, conversed: Conversed | None = CONVERSED) -> Measured:
-    return Measured(30.0, BLOCK, 100, samples, conversed)
+    return Measured(30.0, BLOCK, 1600, samples, conversed)
 
 
 def report(kvortex: Measured, **told: Any) -> Report:
@@ -72,7 +72,11 @@ def whole(change: Callable[[Sample], Sample] = lambda sample: sample) -> Measure
 def test_figures_that_may_be_believed() -> None:
     told = report(whole())
     assert told.problems() == []
-    rows = [line.split() for line in told.table().splitlines()]
+    lines = told.table().splitlines()
+    assert lines[1] == (
+        "a model: KV cache of 1,600 tokens on the GPU, 1 GiB of host memory; medians of 2"
+    )
+    rows = [line.split() for line in lines]
     assert ["161", "tokens,", "computed", "100.0", "ms", "100.0", "ms"] in rows
     assert ["161", "tokens,", "host", "hit", "-", "20.0", "ms"] in rows
     assert ["161", "tokens,", "disk", "hit", "-", "30.0", "ms"] in rows

@@ -22,6 +22,7 @@ def open_engine(task: Task) -> Any:  # noqa: ANN401  (vLLM's LLMEngine, which is
         ConfigError: vLLM does not know one of its arguments.
     """
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
     arguments = ["--model", task.model, "--seed", "0", "--enable-prefix-caching"]
@@ -29,7 +30,8 @@ def open_engine(task: Task) -> Any:  # noqa: ANN401  (vLLM's LLMEngine, which is
     if task.kv_transfer_config is not None:
         arguments += ["--kv-transfer-config", json.dumps(task.kv_transfer_config)]
     parser = EngineArgs.add_cli_args(_quiet_parser())
-    config = EngineArgs.from_cli_args(parser.parse_args(arguments)).create_engine_config()
+    told = EngineArgs.from_cli_args(parser.parse_args(arguments))
+    config = told.create_engine_config(UsageContext.OPENAI_API_SERVER)  # whose defaults users have
     cache = config.cache_config
     if task.gpu_tokens is not None and cache.num_gpu_blocks_override is None:
         blocks = math.ceil(task.gpu_tokens / cache.block_size)

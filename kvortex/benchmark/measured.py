@@ -18,7 +18,8 @@ class Measured:
 
     start_up_s: float
     block_tokens: int
-    gpu_blocks: int
+    gpu_tokens: int
+    """What the GPU's KV cache holds."""
     samples: tuple[Sample, ...]
     conversed: Conversed | None
 
@@ -38,7 +39,7 @@ class Measured:
         """Both together; the start is that of the first."""
         conversed = later.conversed or self.conversed
         samples = self.samples + later.samples
-        return Measured(self.start_up_s, self.block_tokens, self.gpu_blocks, samples, conversed)
+        return Measured(self.start_up_s, self.block_tokens, self.gpu_tokens, samples, conversed)
 
     def of(self, length: int, source: str) -> list[Sample]:
         """The samples of one prompt length and source."""

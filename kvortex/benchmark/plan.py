@@ -100,7 +100,8 @@ def _folder_in(disk_path: str) -> tempfile.TemporaryDirectory[str]:
         ConfigError: there can be none.
     """
     try:
-        Path(disk_path).mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix="kvortex-bench-", dir=disk_path)
+        folder = Path(disk_path).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix="kvortex-bench-", dir=folder)
     except OSError as error:
         raise ConfigError(f"disk_path={disk_path!r}: {error.strerror}") from None

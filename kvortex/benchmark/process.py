@@ -51,7 +51,7 @@ def work(task: Task, say: Callable[[str], None]) -> Measured:
         say(f"{shape.users} users with contexts of {shape.context} tokens return")
         serving.clear()
         conversed = converse(serving, shape)
-    measured = Measured(start_up, serving.block_tokens, serving.gpu_blocks, samples, conversed)
+    measured = Measured(start_up, serving.block_tokens, serving.gpu_tokens, samples, conversed)
     serving.close()
     return measured
 

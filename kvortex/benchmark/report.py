@@ -169,7 +169,7 @@ class Report:
         told: dict[str, Any] = {
             "name": WAYS[way],
             "start_up_s": round(found.start_up_s, 1),
-            "gpu_tokens": found.gpu_blocks * found.block_tokens,
+            "gpu_tokens": found.gpu_tokens,
             "first_token": [times.as_dict() for times in self.times(way)],
         }
         if found.conversed is not None:
@@ -199,12 +199,11 @@ class Report:
         if config.disk_pool_gb is not None:
             pools += f", {config.disk_pool_gb:g} GiB of {config.disk_path}"
         first = next(iter(self.measured.values()), None)
-        gpu = (
-            "" if first is None else f"GPU's KV cache of {first.gpu_blocks * first.block_tokens:,}"
-        )
+        if first is not None:
+            pools = f"KV cache of {first.gpu_tokens:,} tokens on the GPU, {pools}"
         return (
             f"KVortex {__version__}, vLLM {facts['vllm']}, {facts['device']}, {facts['date']}\n"
-            f"{self.plan.model}: {gpu} tokens, {pools}; medians of {self.plan.repeats}"
+            f"{self.plan.name}: {pools}; medians of {self.plan.repeats}"
         )
 
     def _first_tokens(self, ways: list[str]) -> Iterator[list[str]]:

@@ -67,10 +67,10 @@ class Serving:
         return tokens
 
     @property
-    def gpu_blocks(self) -> int:
-        """How many the GPU's KV cache has, without the one that vLLM never uses."""
-        blocks: int = self._engine.vllm_config.cache_config.num_gpu_blocks
-        return blocks - 1
+    def gpu_tokens(self) -> int:
+        """What the GPU's KV cache holds, as vLLM counts it."""
+        tokens: int = self._engine.vllm_config.cache_config.kv_cache_size_tokens
+        return tokens
 
     def prompt(self, length: int, draw: random.Random | None = None) -> list[int]:
         """Tokens from the middle of the vocabulary: special ones are at its ends."""

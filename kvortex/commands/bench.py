@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add `bench`."""
     bench = commands.add_parser(
         "bench",
-        parents=[settings_parser()],
+        parents=[settings_parser(without="trace_path")],
         help="measure time to first token and throughput without and with KVortex",
         description="Measure what KVortex is worth on this machine, without a running server: time "
         "to first token of a prompt that is computed, and that comes from the GPU, from host "
@@ -89,7 +89,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="for every vLLM, like --gpu-memory-utilization 0.5 --enforce-eager "
         "--load-format dummy",
     )
-    bench.set_defaults(command=run)
+    bench.set_defaults(command=run, trace_path=None)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -139,6 +139,8 @@ def _plan(arguments: argparse.Namespace, folder: Path) -> Plan:
     model, extra = arguments.model, tuple(arguments.vllm_arguments)
     if model is None:
         model, extra = _make_tiny_model(folder / "tiny"), TINY_ARGUMENTS + extra
+    elif Path(model).exists():  # else it is a name; each vLLM runs in a folder of its own
+        model = Path(model).absolute()
     return Plan(
         name=arguments.model or TINY_MODEL,
         model=str(model),

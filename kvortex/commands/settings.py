@@ -15,11 +15,12 @@ def settings_parser(without: str = "", **defaults: float) -> argparse.ArgumentPa
     for name, field in KVortexConfig.model_fields.items():
         if name == without:
             continue
+        default = defaults.get(name, field.default)
         group.add_argument(
             "--" + name.replace("_", "-"),
-            default=defaults.get(name, field.default),
+            default=default,
             metavar=name.rpartition("_")[2].upper(),
-            help=f"{field.description} (default: %(default)s)",
+            help=f"{field.description} (default: {'none' if default is None else default})",
         )
     return parser
 
