@@ -82,6 +82,10 @@ def test_figures_that_may_be_believed() -> None:
     assert ["161", "tokens,", "disk", "hit", "-", "30.0", "ms"] in rows
     assert ["requests/s", "2", "2"] in rows
     assert ["users", "with", "the", "same", "answers", "100%", "100%"] in rows
+    assert lines[-1] == (
+        "A prompt of 161 tokens that returns begins 5.0 times as soon from host, 3.3 times as soon "
+        "from disk."
+    )
     printed = json.loads(json.dumps(told.as_dict()))
     (*_, disk) = printed["ways"]["kvortex"]["first_token"]
     assert (disk["source"], disk["median_s"], disk["served_share"]) == ("disk", 0.03, 1.0)

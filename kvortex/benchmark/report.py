@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvortex import __version__
-from kvortex.benchmark.first_token import COLD, GPU, SOURCES
+from kvortex.benchmark.first_token import COLD, DISK, GPU, HOST, SOURCES
 from kvortex.benchmark.ways import KVORTEX, NONE, WAYS
 from kvortex.metrics import MissReason
 
@@ -190,7 +190,22 @@ class Report:
             + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
             for row in rows
         ]
-        return "\n".join([self._head(), "", *(line.rstrip() for line in lines)])
+        parts = [self._head(), "\n".join(line.rstrip() for line in lines), *self._summary()]
+        return "\n\n".join(parts)
+
+    def _summary(self) -> Iterator[str]:
+        """In a sentence, what the longest prompt gains by KVortex where it returns."""
+        if KVORTEX not in self.measured:
+            return
+        longest = max(self.plan.lengths)
+        times = {each.source: each for each in self.times(KVORTEX) if each.length == longest}
+        gains = [
+            f"{times[COLD].median_s / each.median_s:.1f} times as soon from {SHOWN[source][:-4]}"
+            for source, each in times.items()
+            if source in {HOST, DISK} and each.share >= ENOUGH
+        ]
+        if gains:
+            yield f"A prompt of {longest:,} tokens that returns begins {', '.join(gains)}."
 
     def _head(self) -> str:
         facts = self.machine
