@@ -22,6 +22,7 @@ from kvortex.benchmark.measured import Measured
 from kvortex.benchmark.plan import Plan
 from kvortex.benchmark.report import Report
 from kvortex.benchmark.run import run_task
+from kvortex.benchmark.table import table
 from kvortex.benchmark.task import BenchmarkError, Conversations, Task
 from kvortex.benchmark.ways import KVORTEX, NONE, WAYS, kv_transfer_config
 from kvortex.cli import main
@@ -72,7 +73,7 @@ def whole(change: Callable[[Sample], Sample] = lambda sample: sample) -> Measure
 def test_figures_that_may_be_believed() -> None:
     told = report(whole())
     assert told.problems() == []
-    lines = told.table().splitlines()
+    lines = table(told).splitlines()
     assert lines[1] == (
         "a model: KV cache of 1,600 tokens on the GPU, 1 GiB of host memory; medians of 2"
     )
@@ -120,13 +121,13 @@ def test_what_does_not_pay_is_shown_and_no_problem() -> None:
     }
     told = report(whole(lambda each: replace(each, **unpaid) if each.source == HOST else each))
     assert told.problems() == []
-    assert "20.0 ms (0%, not_worth_loading)" in told.table()
+    assert "20.0 ms (0%, not_worth_loading)" in table(told)
 
 
 def test_a_way_that_failed_is_told_and_the_others_are_shown() -> None:
     told = report(whole(), simple="no GPU")
     assert told.problems() == ["SimpleCPUOffloadConnector failed: no GPU"]
-    assert "host hit" in told.table()
+    assert "host hit" in table(told)
 
 
 def test_other_answers_are_counted_by_user() -> None:

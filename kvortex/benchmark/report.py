@@ -1,4 +1,4 @@
-"""Report: what a benchmark found, whether it may be believed, as a table and as JSON."""
+"""Report: what a benchmark found, and whether it may be believed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvortex import __version__
-from kvortex.benchmark.first_token import COLD, DISK, GPU, HOST, SOURCES
-from kvortex.benchmark.ways import KVORTEX, NONE, WAYS
+from kvortex.benchmark.first_token import COLD, GPU, SOURCES
+from kvortex.benchmark.ways import NONE, WAYS
 from kvortex.metrics import MissReason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from kvortex.benchmark.conversations import Conversed
     from kvortex.benchmark.first_token import Sample
     from kvortex.benchmark.measured import Measured
     from kvortex.benchmark.plan import Plan
@@ -174,90 +175,12 @@ class Report:
         }
         if found.conversed is not None:
             told["conversations"] = {
-                name: figure for name, _, figure in _figures(found.conversed)
+                name: figure for name, _, figure in figures(found.conversed)
             } | {"equal_answers": self.equal_answers(way)}
         return told
 
-    def table(self) -> str:
-        """For a person's eyes: a column for each way."""
-        ways = list(self.measured)
-        rows = [["time to first token", *(WAYS[way] for way in ways)], *self._first_tokens(ways)]
-        if self.plan.conversations is not None and ways:
-            rows += [[""] * (len(ways) + 1), *self._conversations(ways)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(ways) + 1)]
-        lines = [
-            f"{row[0]:<{widths[0]}}"
-            + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-            for row in rows
-        ]
-        parts = [self._head(), "\n".join(line.rstrip() for line in lines), *self._summary()]
-        return "\n\n".join(parts)
 
-    def _summary(self) -> Iterator[str]:
-        """In a sentence, what the longest prompt gains by KVortex where it returns."""
-        if KVORTEX not in self.measured:
-            return
-        longest = max(self.plan.lengths)
-        times = {each.source: each for each in self.times(KVORTEX) if each.length == longest}
-        gains = [
-            f"{times[COLD].median_s / each.median_s:.1f} times as soon from {SHOWN[source][:-4]}"
-            for source, each in times.items()
-            if source in {HOST, DISK} and each.share >= ENOUGH
-        ]
-        if gains:
-            yield f"A prompt of {longest:,} tokens that returns begins {', '.join(gains)}."
-
-    def _head(self) -> str:
-        facts = self.machine
-        config = self.plan.config
-        pools = f"{config.ram_pool_gb:g} GiB of host memory"
-        if config.disk_pool_gb is not None:
-            pools += f", {config.disk_pool_gb:g} GiB of {config.disk_path}"
-        first = next(iter(self.measured.values()), None)
-        if first is not None:
-            pools = f"KV cache of {first.gpu_tokens:,} tokens on the GPU, {pools}"
-        return (
-            f"KVortex {__version__}, vLLM {facts['vllm']}, {facts['device']}, {facts['date']}\n"
-            f"{self.plan.name}: {pools}; medians of {self.plan.repeats}"
-        )
-
-    def _first_tokens(self, ways: list[str]) -> Iterator[list[str]]:
-        cells = {
-            (times.length, times.source, way): _cell(times)
-            for way in ways
-            for times in self.times(way)
-        }
-        for length in self.plan.lengths:
-            for source in SOURCES:
-                shown = [cells.get((length, source, way), "-") for way in ways]
-                if set(shown) != {"-"}:
-                    yield [f"  {length:6,} tokens, {SHOWN[source]}", *shown]
-
-    def _conversations(self, ways: list[str]) -> Iterator[list[str]]:
-        shape = self.plan.conversations
-        assert shape is not None
-        found = [self.measured[way].conversed for way in ways]
-        yield [f"{shape.users} users of {shape.context:,} tokens return", *("" for _ in ways)]
-        figures = [_figures(each) if each else [] for each in found]
-        for number, (_, name, _) in enumerate(next(filter(None, figures), [])):
-            yield [f"  {name}", *(f"{f[number][2]:.4g}" if f else "-" for f in figures)]
-        shares = [self.equal_answers(way) for way in ways]
-        if KVORTEX in ways and any(share is not None for share in shares):
-            yield [
-                "  users with the same answers",
-                *("-" if share is None else f"{share:.0%}" for share in shares),
-            ]
-
-
-def _cell(times: Times) -> str:
-    """Milliseconds; and what it was, if not what it should be."""
-    shown = f"{times.median_s * 1000:.1f} ms"
-    if times.source == COLD or times.share >= ENOUGH:
-        return shown
-    return f"{shown} ({times.share:.0%}, {times.why_not})"
-
-
-def _figures(found: Any) -> list[tuple[str, str, float]]:  # noqa: ANN401
+def figures(found: Conversed) -> list[tuple[str, str, float]]:
     """Key, name and value of what is told of conversations."""
     ordered = sorted(found.first_token_s)
     slow = ordered[round((len(ordered) - 1) * SLOWEST)]

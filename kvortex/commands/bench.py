@@ -47,6 +47,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "  kvortex bench --model meta-llama/Llama-3.1-8B-Instruct --ram-pool-gb 32 --plot b.png\n"
         "  kvortex bench --model ./model --compare simple -- --tensor-parallel-size 2",
     )
+    _add_options(bench)
+    bench.set_defaults(command=run, trace_path=None)
+
+
+def _add_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--model", help="folder or name (default: a tiny random one, made here)")
     bench.add_argument(
         "--prompt-tokens",
@@ -89,7 +94,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="for every vLLM, like --gpu-memory-utilization 0.5 --enforce-eager "
         "--load-format dummy",
     )
-    bench.set_defaults(command=run, trace_path=None)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -104,9 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
         plan = _plan(arguments, Path(folder))
         from kvortex.benchmark.machine import machine
         from kvortex.benchmark.report import Report
+        from kvortex.benchmark.table import table
 
         report = Report(plan, machine(), *plan.carry_out(say))
-    print(json.dumps(report.as_dict()) if arguments.json else report.table())
+    print(json.dumps(report.as_dict()) if arguments.json else table(report))
     if arguments.plot is not None and report.measured:
         from kvortex.benchmark.picture import draw
 
