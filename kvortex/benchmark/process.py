@@ -41,6 +41,7 @@ def work(task: Task, say: Callable[[str], None]) -> Measured:
     start_up = time.perf_counter() - began
     say(f"vLLM is up after {start_up:.0f} s")
     serving.ask(serving.prompt(WARM_UP_TOKENS))
+    serving.wait_for_memory()
     samples = tuple(measure(serving, task, say))
     conversed = None
     if task.leave_on_disk:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvortex.benchmark.task import Conversations
 
 RESET_WITHIN_S = 30
-WRITTEN_WITHIN_S = 300
+STILL_WITHIN_S = 300
 
 
 @dataclass(slots=True, eq=False)
@@ -148,18 +148,30 @@ class Serving:
         self.reset()
         self._engine.reset_prefix_cache(reset_connector=True)
 
+    def wait_for_memory(self) -> None:
+        """Until KVortex has pinned its whole pool: what is stored before may find no slot.
+
+        Raises:
+            BenchmarkError: it takes too long.
+        """
+        self._wait_until_still("vllm:kvortex_slots")
+
     def wait_until_on_disk(self) -> None:
         """Until KVortex has nothing left to write, as far as its counters tell.
 
         Raises:
             BenchmarkError: it goes on writing.
         """
-        deadline = time.monotonic() + WRITTEN_WITHIN_S
-        written = -1.0
-        while (now := self.metrics().total("vllm:kvortex_disk_written_blocks_total")) != written:
+        self._wait_until_still("vllm:kvortex_disk_written_blocks_total")
+
+    def _wait_until_still(self, name: str) -> None:
+        """Until a metric stays as it is, or was never told."""
+        deadline = time.monotonic() + STILL_WITHIN_S
+        before = -1.0
+        while (now := self.metrics().total(name)) != before:
             if time.monotonic() > deadline:
-                raise BenchmarkError(f"the disk still writes after {WRITTEN_WITHIN_S} s")
-            written = now
+                raise BenchmarkError(f"{name} still changes after {STILL_WITHIN_S} s")
+            before = now
             self.settle(0.7)
 
     def metrics(self) -> Scrape:
