@@ -24,18 +24,18 @@ import csv
 import itertools
 import json
 import os
-import platform
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from results import append, machine
-from scenarios import SCENARIOS, Serving, capped_blocks, longest_request, restore
+from scenarios import SCENARIOS, ScaledServing, capped_blocks, longest_request, restore
 
-WAYS = ("none", "native", "simple", "kvortex")
+from kvortex import KVortexConfig
+from kvortex.benchmark.ways import WAYS, kv_transfer_config
+
 SETTINGS = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 SETUP = ("scenario", "way", "host_gib", "graphs", "scale")
 COLUMNS = (*SETUP, "measure", "unit", "value", "p20", "p80", "p99", "error")
@@ -54,21 +54,6 @@ PANELS = {
     "restore": ("share", ("restored",)),
 }
 """What is drawn of each scenario."""
-
-
-def kv_transfer_config(way: str, host_gib: float) -> dict[str, Any] | None:
-    """What vLLM is given for one way of offloading."""
-    if way == "none":
-        return None
-    if way == "kvortex":
-        from kvortex import KVortexConfig
-
-        return KVortexConfig(ram_pool_gb=host_gib).kv_transfer_config()
-    name = {"native": "OffloadingConnector", "simple": "SimpleCPUOffloadConnector"}[way]
-    extra: dict[str, Any] = {"cpu_bytes_to_use": int(host_gib * (1 << 30))}
-    if way == "native":
-        extra["offload_prompt_only"] = False
-    return {"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
 
 def engines(names: list[str], host_gib: float, scale: float) -> list[tuple[list[str], float]]:
@@ -103,9 +88,9 @@ def measure(way: str, names: list[str], host_gib: float, args: argparse.Namespac
         disable_log_stats=True,
         seed=0,
         hf_overrides={"num_key_value_heads": 1} if scenario.one_head else {},
-        kv_transfer_config=kv_transfer_config(way, host_gib),
+        kv_transfer_config=kv_transfer_config(way, KVortexConfig(ram_pool_gb=host_gib)),
     )
-    serving = Serving(llm, args.scale)
+    serving = ScaledServing(llm.llm_engine, args.scale)
     serving.ask(serving.prompt(512 if args.scale >= 1 else 64))
     for name in names:
         serving.clear()
@@ -143,14 +128,6 @@ def in_fresh_process(
         if raised and not late:  # else vLLM's warnings would be taken for the reason
             error = raised[-1][-200:]
     return rows + [{"scenario": name, "error": error} for name in missing]
-
-
-def facts_of_machine() -> dict[str, str]:
-    """As `machine`, also where there is no GPU."""
-    if shutil.which("nvidia-smi"):
-        return machine()
-    nothing = dict.fromkeys(("driver", "torch", "triton", "vllm", "date"), "")
-    return {"device": platform.processor() or "cpu"} | nothing
 
 
 def table(rows: list[dict[str, Any]], ways: list[str]) -> str:
@@ -244,7 +221,7 @@ def main() -> None:
     if args.one:
         measure(args.one, args.only, args.host_gib, args)
         return
-    facts = facts_of_machine() | {"commit": args.commit}
+    facts = machine() | {"commit": args.commit}
     all_rows = []
     for names, host_gib in engines(args.only, args.host_gib, args.scale):
         for way in args.ways:

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
-import subprocess
-import time
 from typing import TYPE_CHECKING, Any
+
+from kvortex.benchmark.machine import machine
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-
-def machine() -> dict[str, str]:
-    """What the rows were measured on."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    name, driver = subprocess.check_output(query, text=True).splitlines()[0].split(", ")
-    return {
-        "device": name,
-        "driver": driver,
-        "torch": _version("torch"),
-        "triton": _version("triton"),
-        "vllm": _version("vllm"),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+__all__ = ["append", "machine"]
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -35,10 +22,3 @@ def append(path: Path, row: dict[str, Any]) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

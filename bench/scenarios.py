@@ -7,11 +7,13 @@ known. Lengths are in tokens, and `scale` shrinks them for a quick look on a sma
 from __future__ import annotations
 
 import math
-import random
 import time
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from kvortex.benchmark.conversations import converse
+from kvortex.benchmark.serving import Asked, Serving
+from kvortex.benchmark.task import Conversations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -27,119 +29,29 @@ RUNNING, DECODED, BESIDE = 8, 256, 16
 CONVERSATIONS = 8
 
 
-@dataclass(slots=True, eq=False)
-class Asked:
-    """A request and when each of its tokens came, in seconds of `time.perf_counter`."""
+class ScaledServing(Serving):
+    """One whose lengths are shrunk."""
 
-    prompt: list[int]
-    began: float
-    tokens: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    cached: int = 0
-
-    @property
-    def to_first_token(self) -> float:
-        return self.times[0] - self.began
-
-    @property
-    def gaps(self) -> list[float]:
-        return [after - before for before, after in pairwise(self.times)]
-
-    @property
-    def restorable(self) -> int:
-        """Tokens that have KV: the last one of an answer is never computed."""
-        return len(self.prompt) + len(self.tokens) - 1
-
-
-class Serving:
-    """A vLLM in this process. Only its steps move it on, also what its connector has under way."""
-
-    def __init__(self, llm: Any, scale: float) -> None:
-        self._llm = llm
-        self._engine = llm.llm_engine
-        self._vocabulary: int = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+    def __init__(self, engine: Any, scale: float) -> None:
+        super().__init__(engine)
         self._scale = scale
-        self._asked: dict[str, Asked] = {}
-        self._count = 0
-        self.draw = random.Random(1)
 
     def length(self, tokens: int) -> int:
         return scaled(tokens, self._scale)
 
-    def prompt(self, length: int) -> list[int]:
-        return [self.draw.randrange(5, self._vocabulary) for _ in range(length)]
 
-    def submit(self, prompt: list[int], tokens: int) -> Asked:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            max_tokens=tokens,
-            temperature=0,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        self._count += 1
-        name = f"request-{self._count}"
-        asked = self._asked[name] = Asked(prompt, time.perf_counter())
-        self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
-        return asked
-
-    def step(self) -> list[Asked]:
-        """One step of the engine; the requests that it finished."""
-        outputs, now = self._engine.step(), time.perf_counter()
-        finished = []
-        for output in outputs:
-            asked = self._asked[output.request_id]
-            new = list(output.outputs[0].token_ids)
-            asked.tokens += new
-            asked.times += [now] * len(new)
-            asked.cached = output.num_cached_tokens or asked.cached
-            if output.finished:
-                finished.append(self._asked.pop(output.request_id))
-        return finished
-
-    def ask(self, prompt: list[int], tokens: int = 4) -> Asked:
-        """One request alone."""
-        asked = self.submit(prompt, tokens)
-        while asked not in self.step():
-            pass
-        return asked
-
-    def settle(self, seconds: float = 0.3) -> None:
-        """Let copies end, and be noticed: some connectors store in the step after."""
-        for _ in range(2):
-            self.ask(self.prompt(4), 2)
-            time.sleep(seconds)
-
-    def reset(self) -> None:
-        """Empty the GPU's prefix cache; vLLM refuses while a store still reads from it."""
-        deadline = time.monotonic() + 10
-        self.settle()
-        while not self._llm.reset_prefix_cache():
-            if time.monotonic() > deadline:
-                raise TimeoutError("the prefix cache cannot be reset: what follows would be hits")
-            self.settle(0.1)
-
-    def clear(self) -> None:
-        """Empty the GPU's prefix cache and, where the connector can, the host's."""
-        self.reset()
-        self._llm.reset_prefix_cache(reset_connector=True)
-
-
-def half(serving: Serving) -> list[Row]:
+def half(serving: ScaledServing) -> list[Row]:
     """First token of a prompt whose first half was seen before."""
     seen = serving.length(LONG // 2)
     return _hits(serving, seen, serving.length(LONG) - seen)
 
 
-def one_head(serving: Serving) -> list[Row]:
+def one_head(serving: ScaledServing) -> list[Row]:
     """First token of a prompt that was seen before; meant for a model with one KV head."""
     return _hits(serving, serving.length(LONG), 0)
 
 
-def _hits(serving: Serving, seen: int, new: int) -> list[Row]:
+def _hits(serving: ScaledServing, seen: int, new: int) -> list[Row]:
     known = serving.prompt(seen)
     serving.ask(known + serving.prompt(new))
     host, gpu = [], []
@@ -156,46 +68,18 @@ def _hits(serving: Serving, seen: int, new: int) -> list[Row]:
     ]
 
 
-@dataclass(slots=True, eq=False)
-class _Talk:
-    """A conversation; `prompt` is what its user sends next."""
-
-    prompt: list[int]
-
-
-def users(serving: Serving) -> list[Row]:
+def users(serving: ScaledServing) -> list[Row]:
     """Conversations that return in random order while others are served."""
-    talks = [_Talk(serving.prompt(serving.length(CONTEXT))) for _ in range(USERS)]
-    _crowd(serving, talks)
-    serving.settle()
-    turns = [talk for _ in range(RETURNS) for talk in serving.draw.sample(talks, USERS)]
-    began = time.perf_counter()
-    asked = _crowd(serving, turns)
-    seconds = time.perf_counter() - began
-    cached = sum(one.cached for one in asked) / sum(len(one.prompt) for one in asked)
+    shape = Conversations(USERS, serving.length(CONTEXT), CONCURRENCY, RETURNS, NEW_TOKENS, ANSWER)
+    found = converse(serving, shape)
     return [
-        single("served", "requests/s", len(asked) / seconds),
-        spread("first token, returning", "s", [one.to_first_token for one in asked]),
-        single("cached", "share", cached),
+        single("served", "requests/s", found.requests / found.seconds),
+        spread("first token, returning", "s", found.first_token_s),
+        single("cached", "share", found.cached_tokens / found.prompt_tokens),
     ]
 
 
-def _crowd(serving: Serving, turns: list[_Talk]) -> list[Asked]:
-    """Serve turns in their order, a few at once; nobody speaks before the last answer is there."""
-    waiting, running, done = list(turns), dict[Asked, _Talk](), list[Asked]()
-    while waiting or running:
-        busy = list(running.values())
-        ready = [talk for talk in dict.fromkeys(waiting) if talk not in busy]
-        for talk in ready[: CONCURRENCY - len(busy)]:
-            waiting.remove(talk)
-            running[serving.submit(talk.prompt, ANSWER)] = talk
-        for asked in serving.step():
-            running.pop(asked).prompt = asked.prompt + asked.tokens + serving.prompt(NEW_TOKENS)
-            done.append(asked)
-    return done
-
-
-def decode(serving: Serving) -> list[Row]:
+def decode(serving: ScaledServing) -> list[Row]:
     """Time per token of running requests, beside others that bring prompts.
 
     First nothing is beside them, then new prompts (which are stored), then the same as GPU hits
@@ -211,7 +95,7 @@ def decode(serving: Serving) -> list[Row]:
     return rows + _running(serving, "beside host hits", beside)
 
 
-def _running(serving: Serving, what: str, beside: list[list[int]]) -> list[Row]:
+def _running(serving: ScaledServing, what: str, beside: list[list[int]]) -> list[Row]:
     """The running requests' tokens from when all have begun; others come at even distances."""
     running = [serving.submit(serving.prompt(SHORTEST), DECODED) for _ in range(RUNNING)]
     while not all(asked.times for asked in running):
@@ -236,7 +120,7 @@ def _running(serving: Serving, what: str, beside: list[list[int]]) -> list[Row]:
     return rows
 
 
-def restore(serving: Serving, block_tokens: int = 16) -> list[Row]:
+def restore(serving: ScaledServing, block_tokens: int = 16) -> list[Row]:
     """Share of the tokens of long conversations that need not be computed when they return."""
     length = serving.length(LONG) - NEW_TOKENS - ANSWER
     first = [serving.ask(serving.prompt(length), ANSWER) for _ in range(CONVERSATIONS)]
@@ -255,7 +139,7 @@ def restore(serving: Serving, block_tokens: int = 16) -> list[Row]:
 class Scenario:
     """A scenario and the engine that it needs; those that need the same one share a process."""
 
-    run: Callable[[Serving], list[Row]]
+    run: Callable[[ScaledServing], list[Row]]
     one_head: bool = False
     capped: bool = False
     """Whether the GPU's KV cache is held down to `ON_GPU` conversations."""

@@ -12,6 +12,8 @@ from kvortex.core import ConfigError
 GIB = 1 << 30
 CONNECTOR_NAME = "KVortexConnector"
 CONNECTOR_MODULE = "kvortex.connector"
+ROLE = "kv_both"
+"""Of vLLM's: what is stored here is loaded here."""
 LIMITS = {"gt": "more than", "ge": "at least", "le": "at most"}
 
 NOT_ITS_BLOCKS = "leave it out, KVortex moves vLLM's own blocks"
@@ -168,7 +170,7 @@ class KVortexConfig(BaseModel):
         return {
             "kv_connector": CONNECTOR_NAME,
             "kv_connector_module_path": CONNECTOR_MODULE,
-            "kv_role": "kv_both",
+            "kv_role": ROLE,
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": self.model_dump(),
         }

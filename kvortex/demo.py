@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvortex.host_pool import require_free_memory
+from kvortex.free_memory import require_free_memory
 from kvortex.server import Answer, Server
 from kvortex.tiny_model import make_tiny_model
 

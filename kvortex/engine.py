@@ -16,7 +16,8 @@ from kvortex.core import (
     InvalidBlockError,
     TransferError,
 )
-from kvortex.host_pool import open_pool, require_free_memory
+from kvortex.free_memory import require_free_memory
+from kvortex.host_pool import open_pool
 from kvortex.layout import make_layout
 from kvortex.plugins import load_policy
 from kvortex.scheduler import OffloadScheduler

@@ -15,12 +15,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kvortex.core import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +45,26 @@ def choose_node(wanted: int | None, device: torch.device) -> int | None:
     Raises:
         ConfigError: this machine has no such node.
     """
-    nodes = nodes_with_memory()
-    if wanted is not None and wanted not in nodes:
-        shown = ", ".join(map(str, nodes))
-        raise ConfigError(f"numa_node={wanted}: this machine has memory on node {shown}")
+    nodes = require_node(wanted)
     if len(nodes) == 1 or (wanted is None and device.type != "cuda"):
         return None
     node = wanted if wanted is not None else node_of_gpu(device)
     if node is None:
         logger.warning("The NUMA node of %s is unknown; set numa_node to choose one.", device)
     return node
+
+
+def require_node(wanted: int | None) -> list[int]:
+    """The nodes that there are.
+
+    Raises:
+        ConfigError: the wanted one is none of them.
+    """
+    nodes = nodes_with_memory()
+    if wanted is not None and wanted not in nodes:
+        shown = ", ".join(map(str, nodes))
+        raise ConfigError(f"numa_node={wanted}: this machine has memory on node {shown}")
+    return nodes
 
 
 def nodes_with_memory() -> list[int]:
@@ -68,6 +78,8 @@ def nodes_with_memory() -> list[int]:
 
 def node_of_gpu(device: torch.device) -> int | None:
     """The node next to a GPU, if the machine tells."""
+    import torch
+
     try:
         facts: Any = torch.cuda.get_device_properties(device)
         address = f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"

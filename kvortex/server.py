@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 
 from kvortex.core import KVortexError
+from kvortex.vllm_log import VllmLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,7 +30,6 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
-LOG_LINES_SHOWN = 25
 
 
 class ServerError(KVortexError, RuntimeError):
@@ -73,7 +73,7 @@ class Server:
         if kv_transfer_config is not None:
             self._arguments += ["--kv-transfer-config", json.dumps(kv_transfer_config)]
         self._start_timeout_s = start_timeout_s
-        self._log = folder / "server.log"
+        self._log = VllmLog(folder / "server.log")
         self._process: subprocess.Popen[bytes] | None = None
         self._client = httpx.Client(timeout=600)
 
@@ -83,7 +83,7 @@ class Server:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--model", self._model]
         command += ["--served-model-name", "model", *self._arguments]
-        with self._log.open("wb") as log:
+        with self._log.path.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 cwd=self._folder,
@@ -154,12 +154,7 @@ class Server:
 
     def log_tail(self) -> str:
         """The last lines of the server's log."""
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
-
-    def _own_error(self) -> str | None:
-        """The line in which KVortex refused to start, if it did."""
-        found = re.search(r"KVortex cannot start: .*", self._log.read_text(errors="replace"))
-        return found and found[0]
+        return self._log.tail()
 
     def _wait_until_ready(self) -> None:
         assert self._process is not None
@@ -167,7 +162,7 @@ class Server:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 code = self._process.returncode
-                why = self._own_error() or f"vLLM ended with code {code} at start"
+                why = self._log.refusal() or f"vLLM ended with code {code} at start"
                 raise ServerError(f"{why}\n{self.log_tail()}")
             try:
                 if self._client.get("/health", timeout=5).status_code == httpx.codes.OK:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from kvortex.core import ConfigError
@@ -84,18 +83,6 @@ def table(outcomes: Sequence[Outcome], tokens_per_s: float | None = None) -> str
             line += f" {row.hit_tokens / tokens_per_s:8.0f} s"
         lines.append(line)
     return "\n".join(lines)
-
-
-def require_plot(path: Path) -> None:
-    """To be asked before a long run.
-
-    Raises:
-        ConfigError: matplotlib is not installed, or the folder is not there.
-    """
-    if find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--plot {path}: there is no folder {path.absolute().parent}")
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:

@@ -22,16 +22,28 @@ def check_policy(factory: Callable[[int], EvictionPolicy], seed: int = 0) -> Non
         seed: of the steps; the same seed gives the same steps.
 
     Raises:
-        AssertionError: the contract of `kvortex.policies.EvictionPolicy` is broken; the message
-            says how, and after how many steps.
+        AssertionError: the contract of `kvortex.policies.EvictionPolicy` is broken, or the policy
+            raises; the message says how, and after how many steps.
     """
     for capacity in CAPACITIES:
         draw = random.Random(seed)
-        tier = _Tier(factory(capacity), capacity)
+        tier = _Tier(_made(factory, capacity), capacity)
         for number in range(STEPS):
             tier.step = number
             tier.take(draw)
         tier.drain()
+
+
+class _BrokenError(AssertionError):
+    """A complaint of ours, not one of the policy's own."""
+
+
+def _made(factory: Callable[[int], EvictionPolicy], capacity: int) -> EvictionPolicy:
+    try:
+        return factory(capacity)
+    except Exception as error:
+        name = getattr(factory, "__qualname__", repr(factory))
+        raise _BrokenError(f"{name}({capacity}) raised {error!r}") from error
 
 
 class _Tier:
@@ -52,10 +64,10 @@ class _Tier:
         chance = draw.random()
         if key in self._resident:
             if chance < 0.1 and key not in self._pinned:
-                self._policy.remove(key)
+                self._ask("remove", key)
                 del self._resident[key]
             else:
-                self._policy.hit(key)
+                self._ask("hit", key)
         else:
             self._store(key)
         if chance > 0.9:
@@ -70,17 +82,17 @@ class _Tier:
         self._pinned = set()
         while self._resident:
             self._evict()
-        self._require(self._policy.evict(self._is_pinned) is None, "evicted a key it had evicted")
+        self._require(self._ask("evict", self._is_pinned) is None, "evicted a key it had evicted")
 
     def _store(self, key: bytes) -> None:
-        self._policy.expect(key)
+        self._ask("expect", key)
         if len(self._resident) < self._capacity or self._evict():
-            self._policy.insert(key)
+            self._ask("insert", key)
             self._resident[key] = None
 
     def _evict(self) -> bool:
         left = len(self._resident.keys() - self._pinned)
-        victim = self._policy.evict(self._is_pinned)
+        victim = self._ask("evict", self._is_pinned)
         if victim is None:
             self._require(left == 0, f"found no victim among {left} keys that are not pinned")
             return False
@@ -89,11 +101,23 @@ class _Tier:
         del self._resident[victim]
         return True
 
+    def _ask(self, verb: str, argument: object) -> bytes | None:
+        try:
+            answer: bytes | None = getattr(self._policy, verb)(argument)
+        except _BrokenError:
+            raise  # it asked for a key that it should not know
+        except Exception as error:
+            raise self._complaint(f"{verb} raised {error!r}") from error
+        return answer
+
     def _is_pinned(self, key: bytes) -> bool:
         self._require(key in self._resident, f"asked for {key!r}, which is not resident")
         return key in self._pinned
 
     def _require(self, kept: bool, complaint: str) -> None:
         if not kept:
-            name = type(self._policy).__qualname__
-            raise AssertionError(f"{name}({self._capacity}), step {self.step}: {complaint}")
+            raise self._complaint(complaint)
+
+    def _complaint(self, what: str) -> _BrokenError:
+        name = type(self._policy).__qualname__
+        return _BrokenError(f"{name}({self._capacity}), step {self.step}: {what}")

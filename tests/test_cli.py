@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 
 import kvortex
 from kvortex import KVortexConfig
-from kvortex.cli import main
+from kvortex.cli import main, make_parser
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def test_config_prints_what_vllm_takes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,3 +76,19 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         main(["config", "--help"])
     shown = capsys.readouterr().out
     assert all("--" + name.replace("_", "-") in shown for name in KVortexConfig.model_fields)
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from parsers(below)
+
+
+@pytest.mark.parametrize("parser", [*parsers(make_parser())], ids=lambda parser: str(parser.prog))
+def test_every_help_has_an_example_of_its_own_command(parser: argparse.ArgumentParser) -> None:
+    assert parser.epilog is not None
+    assert "example" in parser.epilog
+    assert parser.prog in parser.epilog
+    assert parser.epilog in parser.format_help()  # on one line, to be copied

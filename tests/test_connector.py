@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -253,6 +254,46 @@ def test_bad_configuration_stops_a_server_that_captures_no_graphs(tiny_model: st
         running(tiny_model, None, kv_transfer_config=bad),
     ):
         pass
+
+
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer"])
+def test_a_role_that_stores_or_loads_only_is_refused(tiny_model: str, role: str) -> None:
+    one_way = KVortexConfig(ram_pool_gb=0.1).kv_transfer_config() | {"kv_role": role}
+    words = f"kv_role='{role}': KVortex stores and loads; write kv_role='kv_both'"
+    with (
+        pytest.raises(ConfigError, match=words),
+        running(tiny_model, None, kv_transfer_config=one_way),
+    ):
+        pass
+
+
+class Kept(logging.Handler):
+    """Lines of one logger, each as often as it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def test_what_a_request_asks_in_vain_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvortex.connector import request_params
+
+    kept, told = Kept(), set[str]()
+    monkeypatch.setattr(request_params, "_told", told)
+    monkeypatch.setattr(request_params.logger, "handlers", [kept])
+    for _ in range(3):
+        asked = {"max_loaded_tokens": 3, "max_load_tokens": 5}
+        assert request_params.RequestParams.of(asked).max_load_tokens == 5
+    assert kept.lines == [
+        "kv_transfer_params: 'max_loaded_tokens' is ignored; KVortex knows max_load_tokens, "
+        "max_offload_tokens, explain"
+    ]
+    for number in range(100):
+        request_params.RequestParams.of({f"name {number}": 1})
+    assert len(kept.lines) == len(told) == request_params.MOST_TOLD
 
 
 def test_unsupported_caches_are_named() -> None:

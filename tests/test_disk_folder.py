@@ -296,6 +296,18 @@ def test_clear_asks(tmp_path: Path) -> None:
         assert folder_of(tmp_path).exists() == bool(code)
 
 
+def test_clear_asks_nothing_where_nothing_is_and_leaves_no_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert main(["disk", "clear", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == (f"no caches in {tmp_path}\n", "")
+    assert main(["disk", "clear", "--json", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"removed": 0}
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_verify_and_clear_refuse_a_folder_in_use(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -467,7 +467,7 @@ def test_a_pool_above_the_machine() -> None:
 
 
 def test_memory_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvortex.host_pool.free_memory_bytes", lambda: 1 << 62)
+    monkeypatch.setattr("kvortex.free_memory.free_memory_bytes", lambda: 1 << 62)
     monkeypatch.setattr(
         "kvortex.host_memory.mmap.mmap", lambda *_, **__: (_ for _ in ()).throw(OSError(12))
     )

@@ -146,5 +146,8 @@ def test_commands_read_what_was_recorded(
     assert (facts["hits_gpu"], facts["hits_host"]) == (40, 20)
     assert main(["trace", "info", str(path)]) == 0
     assert "distinct_blocks  5" in capsys.readouterr().out
+    path.with_name("mooncake").write_text('{"hash_ids": [1], "input_length": 512}')
+    assert main(["trace", "info", str(path.with_name("mooncake"))]) == 0
+    assert "block_bytes      not told" in capsys.readouterr().out
     assert main(["simulate", str(path), "--policy", "lru", "--capacity", "8KiB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["capacity_blocks"] == 2

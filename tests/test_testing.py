@@ -45,6 +45,16 @@ class Keeps(LRU):
         return next((key for key in self._order if not pinned(key)), None)
 
 
+class Raises(LRU):
+    def hit(self, key: bytes) -> None:
+        raise KeyError(key)
+
+
+class Asserts(LRU):
+    def insert(self, key: bytes) -> None:
+        assert not key, "never so"
+
+
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
@@ -52,6 +62,8 @@ class Keeps(LRU):
         (Forgets, "not resident"),
         (GivesUp, "found no victim among"),
         (Keeps, "not resident|had evicted"),
+        (Raises, r"hit raised KeyError\(b'.*'\)"),
+        (Asserts, "insert raised AssertionError"),
     ],
 )
 def test_a_policy_that_is_wrong_is_found(wrong: type[LRU], complaint: str) -> None:
@@ -59,6 +71,16 @@ def test_a_policy_that_is_wrong_is_found(wrong: type[LRU], complaint: str) -> No
         AssertionError, match=rf"{wrong.__name__}\(\d+\), step \d+: .*({complaint})"
     ):
         check_policy(wrong)
+
+
+class Unmade(LRU):
+    def __init__(self, capacity: int) -> None:
+        raise ValueError("too small")
+
+
+def test_a_policy_that_cannot_be_made_is_named() -> None:
+    with pytest.raises(AssertionError, match=r"Unmade\(1\) raised ValueError\('too small'\)"):
+        check_policy(Unmade)
 
 
 def test_the_example_is_installed_checked_and_chosen_by_name(tmp_path: Path) -> None:

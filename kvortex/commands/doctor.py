@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex import __version__
+from kvortex.commands import outcome
 
 if TYPE_CHECKING:
     import argparse
 
-EXIT_FAILED = 1
 CLEAR_LINE = "\r\x1b[K"
 
 
@@ -21,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     doctor = commands.add_parser(
         "doctor",
         help="look at this machine: GPU, link, memory, disk, versions; 1 if something fails",
-        epilog="kvortex doctor --disk-path /mnt/nvme/kv",
+        epilog="example: kvortex doctor --disk-path /mnt/nvme/kv",
     )
     doctor.add_argument(
         "--disk-path",
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"ok": not failed, "kvortex": __version__, "findings": told}))
     else:
         print(f"KVortex {__version__}\n{table(findings)}")
-    return EXIT_FAILED if failed else 0
+    return outcome.FAILED if failed else outcome.OK
 
 
 def _progress(subject: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex.calibration import load_speeds
+from kvortex.commands import outcome
 from kvortex.config import KVortexConfig
 from kvortex.core import ConfigError, Direction
 from kvortex.planning.attention import KV_DTYPES, attention_of
@@ -29,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     plan = commands.add_parser(
         "plan",
         help="what each tier holds of a model's KV cache, and the configuration for it",
-        epilog="kvortex plan ~/models/Llama-3.1-8B --gpu-memory 40 --ram-pool-gb 128",
+        epilog="example: kvortex plan ~/models/Llama-3.1-8B --gpu-memory 40 --ram-pool-gb 128",
     )
     plan.add_argument("model", type=Path, help="a model's folder, or its config.json")
     plan.add_argument(
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         settings = json.dumps(plan.config.kv_transfer_config())
         print(f"{table(plan)}\n\nvllm serve {model} --kv-transfer-config '{settings}'")
-    return 0
+    return outcome.OK
 
 
 def _check(arguments: argparse.Namespace) -> None:

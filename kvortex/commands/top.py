@@ -10,6 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from kvortex.commands import outcome
 from kvortex.core import ConfigError
 from kvortex.scrape import metrics_url, scrape
 from kvortex.top import View
@@ -30,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="watch hits, misses by reason, transfers and failures of a running server",
         description="Watch a running vLLM server, by its /metrics. Ends with ctrl-c, or with 1 "
         "where the server is gone or serves without KVortex.",
-        epilog="kvortex top http://localhost:8000 --once --json",
+        epilog="example: kvortex top http://localhost:8000 --once --json",
     )
     top.add_argument("url", metavar="URL", help="of the server, like http://localhost:8000")
     top.add_argument(
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
             _print(view, arguments.json)
     else:
         _watch(views, metrics_url(arguments.url), interval)
-    return 0
+    return outcome.OK
 
 
 def _views(url: str, interval: float) -> Iterator[View]:

@@ -1,4 +1,4 @@
-"""The vLLM connector. Nothing else in KVortex imports vLLM; importing this needs no GPU."""
+"""The vLLM connector. But for the benchmark's engine nothing else imports vLLM."""
 
 import contextlib
 

@@ -22,7 +22,7 @@ try:  # since vLLM 0.32
 except ImportError:
     KVConnectorTransferResults = HOST = None
 
-from kvortex.config import KVortexConfig
+from kvortex.config import ROLE, KVortexConfig
 from kvortex.connector.disk_namespace import bytes_last, keys_last
 from kvortex.connector.geometry import geometry_of, unsupported
 from kvortex.connector.hooks import hooked_layers
@@ -31,7 +31,8 @@ from kvortex.connector.scheduler_side import SchedulerSide
 from kvortex.connector.stats import Changes, KVortexPromMetrics, KVortexStats
 from kvortex.connector.worker_side import WorkerSide
 from kvortex.core import ConfigError, KVortexError
-from kvortex.host_pool import require_free_memory
+from kvortex.doubts import small_disk
+from kvortex.free_memory import require_free_memory
 from kvortex.plugins import load_admission, load_policy
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         _log_like_vllm()
         extra = self._kv_transfer_config.kv_connector_extra_config
         self._config = _checked_config(extra)
+        _require_both_ways(self._kv_transfer_config.kv_role)
         _require_news_of_sleep(vllm_config)
         self._geometry = None
         self._scheduler: SchedulerSide | None = None
@@ -321,14 +323,8 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         return message.plan
 
     def _warn(self, reason: str | None) -> None:
-        disk, ram = self._config.disk_pool_gb, self._config.ram_pool_gb
-        if disk is not None and disk <= ram:
-            logger.warning(
-                "disk_pool_gb=%g is not more than ram_pool_gb=%g: the disk has what RAM has, and "
-                "serves after a restart only.",
-                disk,
-                ram,
-            )
+        if (doubt := small_disk(self._config)) is not None:
+            logger.warning("%s", doubt)
         if reason is not None:
             logger.warning("KVortex is off for this model: %s.", reason)
         elif self._kv_transfer_config.kv_load_failure_policy != "recompute":
@@ -344,6 +340,12 @@ def _checked_config(extra: dict[str, Any] | None) -> KVortexConfig:
     load_policy(config.eviction_policy, capacity=1)
     load_admission(config.admission, capacity=1)
     return config
+
+
+def _require_both_ways(role: str | None) -> None:
+    """Raises ConfigError where vLLM was told that blocks only leave, or only come."""
+    if role != ROLE:
+        raise ConfigError(f"kv_role={role!r}: KVortex stores and loads; write kv_role={ROLE!r}")
 
 
 def _require_news_of_sleep(vllm_config: VllmConfig) -> None:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LIMITS = ("max_load_tokens", "max_offload_tokens")
+KNOWN = (*LIMITS, "explain")
+MOST_TOLD = 16
+_told: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +32,22 @@ class RequestParams:
     def of(cls, params: Mapping[str, object] | None) -> Self:
         """Read them; what makes no sense is ignored, and logged."""
         asked: dict[str, Any] = {}
-        for name in (*LIMITS, "explain"):
+        for name in KNOWN:
             value = (params or {}).get(name)
             if type(value) is bool if name == "explain" else type(value) is int and value >= 0:
                 asked[name] = value
             elif value is not None:
                 must = "true or false" if name == "explain" else "a number of tokens"
                 logger.warning("%s=%r is ignored: it must be %s", name, value, must)
+        _tell_unknown(set(params or {}) - set(KNOWN))
         return cls(**asked)
+
+
+def _tell_unknown(names: set[str]) -> None:
+    """Once for each name, and of so many only: they come from clients."""
+    for name in sorted(map(str, names)):
+        if name not in _told and len(_told) < MOST_TOLD:
+            _told.add(name)
+            logger.warning(
+                "kv_transfer_params: %.40r is ignored; KVortex knows %s", name, ", ".join(KNOWN)
+            )

@@ -15,7 +15,8 @@ from kvortex.config import GIB, slots_in_pool
 from kvortex.connector.disk_namespace import namespace_of
 from kvortex.disk import DiskOptions, DiskStore, disk_slots_in_pool
 from kvortex.disk_worker import DiskWorker
-from kvortex.host_pool import free_memory_bytes, open_pool, require_free_memory
+from kvortex.free_memory import free_memory_bytes, require_free_memory
+from kvortex.host_pool import open_pool
 from kvortex.layout import make_layout
 from kvortex.worker import open_copy_engine, open_worker
 

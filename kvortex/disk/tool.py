@@ -126,6 +126,16 @@ def clear(path: Path) -> int:
     return removed
 
 
+def count_caches(path: Path) -> int:
+    """How many namespaces are under a `disk_path`, also those that no rank has filled.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    with _opened(path) as root:
+        return len(namespaces(root))
+
+
 def table(infos: list[CacheInfo]) -> str:
     """The caches in columns."""
     head = ("namespace", "rank", "slots", "used", "block", "on disk", "newest", "oldest", "in use")

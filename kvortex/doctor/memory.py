@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from kvortex.config import GIB
 from kvortex.core import PoolAllocationError
 from kvortex.doctor.finding import Finding, Verdict
+from kvortex.free_memory import cgroup_limit_bytes, free_memory_bytes
 from kvortex.host_memory import HUGE_PAGES, HostMemory
-from kvortex.host_pool import HostPool, cgroup_limit_bytes, free_memory_bytes
+from kvortex.host_pool import HostPool
 from kvortex.numa import node_of_gpu, nodes_of, nodes_with_memory, prefer_node
 
 if TYPE_CHECKING:

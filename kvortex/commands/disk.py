@@ -1,0 +1,80 @@
+"""`kvortex disk`: what is under a disk_path, whether it is whole, and its removal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvortex.commands import outcome
+from kvortex.commands.progress import draw
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `disk inspect`, `disk verify` and `disk clear`."""
+    disk = commands.add_parser(
+        "disk",
+        help="look into the caches under a disk_path",
+        epilog="example: kvortex disk inspect /nvme/kvortex",
+    )
+    about = disk.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, told in (
+        ("inspect", _inspect, "namespaces, slots and ages; also of running servers"),
+        ("verify", _verify, "compare the checksum of every block; 1 if one is bad"),
+        ("clear", _clear, "remove all caches that are there, if none is in use"),
+    ):
+        parser = about.add_parser(
+            name, help=told, epilog=f"example: kvortex disk {name} /nvme/kvortex --json"
+        )
+        parser.add_argument("path", type=Path, help="a disk_path of KVortex")
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.set_defaults(command=command)
+        if command is _clear:
+            parser.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from kvortex.disk.tool import inspect, table
+
+    infos = inspect(arguments.path)
+    if arguments.json:
+        print(json.dumps({"caches": [info.as_dict() for info in infos]}))
+    else:
+        print(table(infos) if infos else f"no caches in {arguments.path}")
+    return outcome.OK
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from kvortex.disk.tool import verify
+
+    verified = verify(arguments.path, draw)
+    if arguments.json:
+        print(json.dumps(verified.as_dict()))
+    else:
+        print(f"{verified.good} blocks are good, {verified.corrupt} are corrupt")
+    return outcome.FAILED if verified.corrupt else outcome.OK
+
+
+def _clear(arguments: argparse.Namespace) -> int:
+    from kvortex.disk.tool import clear, count_caches, inspect
+
+    path: Path = arguments.path
+    removed = count_caches(path)
+    if removed:  # else nothing is touched: the folder may not be ours
+        blocks = sum(info.used for info in inspect(path))
+        if not arguments.yes and not _confirms(f"remove {blocks} blocks in {path}?"):
+            print("kvortex: nothing was removed", file=sys.stderr)
+            return outcome.FAILED
+        removed = clear(path)
+    told = f"{removed} caches removed" if removed else f"no caches in {path}"
+    print(json.dumps({"removed": removed}) if arguments.json else told)
+    return outcome.OK
+
+
+def _confirms(question: str) -> bool:
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}

@@ -1,0 +1,23 @@
+"""Whether a picture can be drawn, to be asked before a long run."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from kvortex.core import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def require_plot(path: Path) -> None:
+    """Ask that `path` can be written by matplotlib.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or the folder is not there.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--plot {path}: there is no folder {path.absolute().parent}")
