@@ -21,13 +21,24 @@ INDEX := --torch-backend auto
 LEFT_OUT :=
 endif
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test fuzz soak coverage lint clean
 
 demo: .venv/ready
 	@$(BIN)/kvortex demo $(ARGS)
 
 test: lint
 	$(BIN)/pytest $(ARGS)
+
+# With fresh seeds, round by round; what fails is kept in .hypothesis and drawn first the next time.
+fuzz: .venv/ready
+	end=$$((SECONDS + $(or $(SECONDS_TO_RUN),1800))); while ((SECONDS < end)); do \
+		HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest -m fuzz --exitfirst $(ARGS) || exit; done
+
+coverage: .venv/ready
+	$(BIN)/coverage erase
+	$(BIN)/coverage run $(BIN)/pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 soak: .venv/ready
 	SOAK_SECONDS=$(or $(SECONDS_TO_RUN),600) $(BIN)/pytest --timeout 0 -s tests/test_soak.py $(ARGS)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ TRACE_HELP = "JSON lines with hash_ids and input_length, or a trace that KVortex
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (it failed) or 2 (it was asked wrongly)."""
     arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, TextIOWrapper):  # names of files and models may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: int = arguments.command(arguments)
         sys.stdout.flush()

@@ -165,6 +165,7 @@ def test_check_finds_a_closed_slot_that_was_lost() -> None:
         index.check()
 
 
+@pytest.mark.fuzz
 @given(
     acts=st.lists(
         st.tuples(st.sampled_from(["open", "limit", "reserve", "forget"]), st.integers(0, 8))
@@ -233,6 +234,7 @@ def test_check_finds_a_lost_slot() -> None:
 VERBS = st.sampled_from(["reserve", "publish", "abort", "forget", "pin", "unpin"])
 
 
+@pytest.mark.fuzz
 @given(steps=st.lists(st.tuples(VERBS, st.integers(0, 3), st.integers(0, 99)), max_size=60))
 def test_conserves_slots(steps: list[tuple[str, int, int]]) -> None:
     index = Index(4)

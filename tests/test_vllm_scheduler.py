@@ -469,6 +469,7 @@ def machine_over(
     return type(f"SchedulerMachine_{num_ranks}", (kind,), members)
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize(
     ("num_ranks", "overlap", "loads_fail", "late"),
     [
@@ -510,6 +511,7 @@ ONE_STEP = pytest.mark.xfail(
 )
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize(
     ("num_ranks", "overlap", "loads_fail", "disk_slots"),
     [
