@@ -32,7 +32,7 @@ sys.path.insert(
 RELAXED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 DRAWN = settings(max_examples=100, deadline=None, suppress_health_check=RELAXED, print_blob=True)
 settings.register_profile("ci", DRAWN, derandomize=True, database=None)
-settings.register_profile("fuzz", DRAWN, max_examples=300)  # with seeds of its own: `make fuzz`
+settings.register_profile("fuzz", DRAWN)  # with fresh seeds: `make fuzz` goes round and round
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
