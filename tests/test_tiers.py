@@ -157,6 +157,23 @@ def test_the_later_store_wins_in_any_order_of_arrival() -> None:
     assert counts(host.index) == (2, 0, 1)
 
 
+def test_new_bytes_for_a_block_that_is_next_to_leave_are_used_last() -> None:
+    host = tier(3)
+    old, _ = chain = host.reserve([A, B], [None, A])
+    host.commit(chain)
+    stored(host, C)
+    host.touch([B])  # so that the policy names A, which leaves behind its tail
+    new = host.reserve([A])
+    assert (readable(host), host.lookup(A)) == ([A, C], old)
+    host.commit(new)
+    assert host.lookup(A) is new[0]
+    assert counts(host.index) == (1, 0, 2)
+    host.reserve([b"1", b"2"])
+    assert readable(host) == [A]
+    host.reserve([b"3"])
+    assert (readable(host), host.evictions) == ([], 3)
+
+
 def test_an_outdated_store_stays_unreadable_after_the_later_one_was_evicted() -> None:
     host = tier(2)
     first, second = host.reserve([A]), host.reserve([A])
