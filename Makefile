@@ -21,7 +21,7 @@ INDEX := --torch-backend auto
 LEFT_OUT :=
 endif
 
-.PHONY: demo test fuzz soak coverage lint clean
+.PHONY: demo test fuzz soak coverage mutants lint clean
 
 demo: .venv/ready
 	@$(BIN)/kvortex demo $(ARGS)
@@ -39,6 +39,11 @@ coverage: .venv/ready
 	$(BIN)/coverage run $(BIN)/pytest $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+# Which small mistakes in index, tiers and policies no test would notice: ARGS="kvortex.tiers*".
+mutants: .venv/ready
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
 
 soak: .venv/ready
 	SOAK_SECONDS=$(or $(SECONDS_TO_RUN),600) $(BIN)/pytest --timeout 0 -s tests/test_soak.py $(ARGS)
@@ -59,4 +64,4 @@ lint: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* mutants

@@ -196,14 +196,18 @@ def test_no_slot_is_lost_or_given_out_before_its_time(acts: list[tuple[str, int]
 
 
 @pytest.mark.parametrize(
-    "act", ["publish twice", "second of a key", "pin reserved", "unpin unpinned"]
+    "act",
+    ["publish twice", "publish forgotten", "second of a key", "pin reserved", "unpin unpinned"],
 )
 def test_misuse_is_our_own_bug(act: str) -> None:
     index = Index(3)
     block, other = index.reserve(A), index.reserve(A)
     index.publish(block)
+    forgotten = index.reserve(B)
+    index.forget(forgotten)
     acts = {
         "publish twice": lambda: index.publish(block),
+        "publish forgotten": lambda: index.publish(forgotten),
         "second of a key": lambda: index.publish(other),
         "pin reserved": lambda: index.pin(other),
         "unpin unpinned": lambda: index.unpin(block),
