@@ -100,6 +100,26 @@ def test_key_is_stored_anew_while_its_older_bytes_are_read() -> None:
     assert counts(index) == (1, 0, 1)
 
 
+def test_blocks_of_a_former_life_are_readable_where_they_lie() -> None:
+    index, told = Index(4), list[tuple[bytes, bool]]()
+    index.on_change = lambda key, readable: told.append((key, readable))
+    first, second = index.adopt({A: 2, B: 0})
+    index.check()
+    assert counts(index) == (2, 0, 2)
+    assert [(block.key, block.slot, block.parent) for block in index] == [
+        (A, 2, None),
+        (B, 0, None),
+    ]
+    assert (index.get(A), index.get(B)) == (first, second)
+    assert told == [(A, True), (B, True)]
+    later = [index.reserve(b"c"), index.reserve(b"d")]
+    assert {block.slot for block in later} == {1, 3}
+    assert first.order < second.order < later[0].order
+    index.forget(first)
+    assert (counts(index), told[-1]) == ((1, 2, 1), (A, False))
+    index.check()
+
+
 def test_slots_past_a_limit_leave_with_their_holder() -> None:
     index = Index(4)
     blocks = [index.reserve(bytes([i])) for i in range(3)]
