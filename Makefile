@@ -26,7 +26,7 @@ OTHER ?= 0.33.0
 SCHEDULER_TESTS := tests/test_vllm_scheduler.py tests/test_scheduler_side.py \
 	tests/test_steps_under_way.py tests/test_prefetcher.py tests/test_explanation.py
 
-.PHONY: demo test test-other soak docs lint clean
+.PHONY: demo test test-other fuzz soak coverage mutants docs lint clean
 
 demo: .venv/ready
 	@$(BIN)/kvortex demo $(ARGS)
@@ -43,6 +43,22 @@ test-other: .other/$(OTHER)/ready
 	$(BIN)/python tests/other_vllm.py $(@D)/wheel/*.whl $(@D)
 	rm -r $(@D)/wheel
 	@touch $@
+
+# With fresh seeds, round by round; what fails is kept in .hypothesis and drawn first the next time.
+fuzz: .venv/ready
+	end=$$((SECONDS + $(or $(SECONDS_TO_RUN),1800))); while ((SECONDS < end)); do \
+		HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest -m fuzz --exitfirst $(ARGS) || exit; done
+
+coverage: .venv/ready
+	$(BIN)/coverage erase
+	$(BIN)/coverage run $(BIN)/pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+# Which small mistakes in index, tiers and policies no test would notice: ARGS="kvortex.tiers*".
+mutants: .venv/ready
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
 
 soak: .venv/ready
 	SOAK_SECONDS=$(or $(SECONDS_TO_RUN),600) $(BIN)/pytest --timeout 0 -s tests/test_soak.py $(ARGS)
@@ -66,4 +82,4 @@ lint: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv .other site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .other site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* mutants

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from kvortex import __version__
@@ -37,6 +38,8 @@ COMMANDS = (config, plan, doctor, tune, demo, bench, top, simulate, trace, disk,
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status, as `kvortex.commands.outcome` names them."""
     arguments = make_parser().parse_args(argv)
+    if isinstance(sys.stdout, TextIOWrapper):  # names of files and models may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _interrupted_by_sigterm():
             code: int = arguments.command(arguments)

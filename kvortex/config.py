@@ -7,9 +7,10 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from kvortex.core import ConfigError
+from kvortex.core import ConfigError, shown
 
 GIB = 1 << 30
+LARGEST_POOL_GB = 65536
 CONNECTOR_NAME = "KVortexConnector"
 CONNECTOR_MODULE = "kvortex.connector"
 ROLE = "kv_both"
@@ -29,7 +30,7 @@ FROM_ELSEWHERE = {
     "blocks_per_chunk": NOT_ITS_BLOCKS,
     "cache_policy_module_path": "write eviction_policy=<name of an installed policy>",
     # LMCache
-    "max_local_cpu_size": "write ram_pool_gb={value!r} times the number of ranks",
+    "max_local_cpu_size": "write ram_pool_gb={value} times the number of ranks",
     "local_cpu": "leave it out, host memory is always used",
     "chunk_size": NOT_ITS_BLOCKS,
     "cache_policy": "write eviction_policy=<its name in lower case>",
@@ -50,7 +51,7 @@ class KVortexConfig(BaseModel):
     ram_pool_gb: float = Field(
         default=8.0,
         gt=0,
-        le=65536,
+        le=LARGEST_POOL_GB,
         description="Host RAM for KV blocks, in GiB, shared by the ranks of one engine; with data "
         "parallelism every replica takes as much.",
     )
@@ -139,11 +140,19 @@ class KVortexConfig(BaseModel):
             raise PydanticCustomError("number_type", "Input should be a number")
         return value
 
+    @field_validator("trace_path", "disk_path")
+    @classmethod
+    def _can_be_a_name(cls, value: str | None) -> str | None:
+        if "\0" in (value or ""):
+            raise PydanticCustomError("file_name", "Input should be the name of a file")
+        return value
+
     @model_validator(mode="after")
     def _disk_is_whole(self) -> Self:
         if self.disk_path is not None and self.disk_pool_gb is None:
             raise ConfigError(
-                f"disk_path={self.disk_path!r}: how much of it may be used? set disk_pool_gb too"
+                f"disk_path={shown(self.disk_path)}: how much of it may be used? "
+                "set disk_pool_gb too"
             )
         for name in ("disk_pool_gb", "disk_max_write_mb_s", "disk_read_deadline_ms"):
             default = type(self).model_fields[name].default
@@ -199,8 +208,8 @@ def _one_line(error: ValidationError) -> str:
         return str(problem["ctx"]["error"])
     key, value = ".".join(str(part) for part in problem["loc"]), problem["input"]
     if problem["type"] == "extra_forbidden":
-        shown = key if key.isidentifier() else repr(key)
-        return f"unknown setting {shown}={value!r}: {_what_instead(key, value)}"
+        name = key if key.isidentifier() else shown(key)
+        return f"unknown setting {name}={shown(value)}: {_what_instead(key, value)}"
     described = KVortexConfig.model_fields[key]
     reason = problem["msg"][0].lower() + problem["msg"][1:]
     limits = ", ".join(
@@ -210,7 +219,7 @@ def _one_line(error: ValidationError) -> str:
         if hasattr(limit, name)
     )
     allowed = f"{limits}; default" if limits else "default"
-    return f"{key}={value!r}: {reason} ({allowed} {described.default!r})"
+    return f"{key}={shown(value)}: {reason} ({allowed} {described.default!r})"
 
 
 def _what_instead(key: str, value: object) -> str:
@@ -218,5 +227,7 @@ def _what_instead(key: str, value: object) -> str:
     hint = FROM_ELSEWHERE.get(key.removeprefix("lmcache."))
     if hint is None:
         return "the settings are " + ", ".join(KVortexConfig.model_fields)
-    gib = f"{value / GIB:.6g}" if isinstance(value, int | float) else "<GiB>"
-    return hint.format(value=value, gib=gib)
+    gib = "<GiB>"
+    if isinstance(value, int | float) and 0 < value <= LARGEST_POOL_GB * GIB:
+        gib = f"{value / GIB:.6g}"
+    return hint.format(value=shown(value), gib=gib)

@@ -16,10 +16,15 @@ BlockKey = bytes
 """What a block's bytes are known by: 1 to 64 bytes, in vLLM its block hash and KV cache group."""
 
 MAX_KEY_BYTES = 64
+LONGEST_SHOWN = 80
+"""Characters of a value in a message."""
 
 
 class KVortexError(Exception):
-    """Parent of every error that KVortex raises on purpose."""
+    """Parent of every error that KVortex raises on purpose; its message is one line."""
+
+    def __str__(self) -> str:
+        return printable(str(self.args[0])) if self.args else ""
 
 
 class ConfigError(KVortexError, ValueError):
@@ -37,9 +42,6 @@ class PoolAllocationError(KVortexError, MemoryError):
 class BlockNotFoundError(KVortexError, KeyError):
     """A key that was asked for is not readable in any tier."""
 
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
 
 class InvalidBlockError(KVortexError, ValueError):
     """Keys or block ids that do not fit the request: out of range, twice, or of unequal number."""
@@ -51,6 +53,22 @@ class TransferError(KVortexError, RuntimeError):
 
 class ClosedError(KVortexError, RuntimeError):
     """The engine was shut down before this call."""
+
+
+def printable(text: str) -> str:
+    """As it is, but for characters that break a line, steer a terminal or cannot be encoded."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: its repr, unless that is too long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of many digits, or what is nested deeply
+        return f"a {type(value).__name__} too large to be shown"
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
 class Direction(Enum):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 import urllib.error
@@ -18,9 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 Labels = frozenset[tuple[str, str]]
-NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-SAMPLE = re.compile(rf"([a-zA-Z_:][\w:]*)(?:\{{(.*)\}})?\s+({NUMBER})(?:\s+-?\d+)?", re.ASCII)
-LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+# A server may send anything: repetitions are possessive, so that no line takes longer than others.
+NUMBER = r"[-+]?(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][-+]?\d++)?"
+SAMPLE = re.compile(rf"([a-zA-Z_:][\w:]*+)(?:\{{(.*)\}})?\s++({NUMBER})(?:\s++-?\d++)?", re.ASCII)
+LABEL = re.compile(r'\b(\w++)="((?:[^"\\]++|\\.)*+)"')
+SMALLEST, LARGEST = 1e-100, 1e100
+"""No metric is beyond; within, sums and quotients stay finite."""
 MOST_BYTES = 64 << 20
 
 
@@ -38,11 +40,14 @@ class Scrape:
 
     @classmethod
     def of(cls, text: str, at: float) -> Self:
-        """Read Prometheus' text format; what is no sample of a finite number is passed over."""
+        """Read Prometheus' text format; what is no sample of a sane number is passed over."""
         samples: defaultdict[str, dict[Labels, float]] = defaultdict(dict)
-        for line in text.splitlines():
+        for line in text.split("\n"):
             found = SAMPLE.fullmatch(line.strip())
-            if found is not None and math.isfinite(number := float(found[3])):
+            if found is None:
+                continue
+            number = float(found[3])
+            if number == 0 or SMALLEST <= abs(number) <= LARGEST:
                 samples[found[1]][frozenset(LABEL.findall(found[2] or ""))] = number
         return cls(at, dict(samples))
 

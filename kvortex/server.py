@@ -33,7 +33,9 @@ SETTINGS = {
 
 
 class ServerError(KVortexError, RuntimeError):
-    """The server did not start, or died; the message ends with its last lines of log."""
+    """The server did not start, or died; below its first line is the end of the server's log."""
+
+    __str__ = RuntimeError.__str__
 
 
 @dataclass(frozen=True, slots=True)

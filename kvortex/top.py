@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvortex.activity import Activity, State
+from kvortex.core import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ class View:
         missed = self.total.missed_tokens
         for reason in sorted(missed, key=lambda reason: -missed[reason]):
             if missed[reason]:
-                yield self._token_line(f"missed: {reason}", _missed(reason))
+                yield self._token_line(printable(f"missed: {reason}"), _missed(reason))
 
     def _tiers(self) -> Iterator[str]:
         state = self.state

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvortex.core import ConfigError
+from kvortex.core import ConfigError, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from kvortex.core import BlockKey
@@ -22,6 +23,10 @@ BLOCK_TOKENS = 512
 """Of a hash id in a trace of Mooncake's format."""
 ID_BYTES = 8
 GZIP = b"\x1f\x8b"
+LONGEST_LINE = 16 << 20
+"""Half a million blocks. A few bytes of a compressed file may be many of a line."""
+LARGEST_NUMBER = 1 << 53
+"""Of tokens, bytes or milliseconds; more cannot be counted with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +83,16 @@ def read_trace(path: Path) -> Trace:
         ConfigError: the file cannot be read, or a line is not such an object.
     """
     requests: list[Request] = []
-    header: dict[str, Any] = {}
+    block_tokens, block_bytes = BLOCK_TOKENS, None
     for number, line in _lines(path):
         told = _object(path, number, line)
         if number == 1 and "format" in told:
-            header = told
+            block_tokens, block_bytes = _header(path, told)
         else:
             requests.append(_request(path, number, told))
     if not any(request.keys for request in requests):
         raise ConfigError(f"{path}: no request in it has blocks")
-    if header and header["format"] != FORMAT:
-        raise ConfigError(f"{path}: format {header['format']!r}; this KVortex reads {FORMAT!r}")
-    return Trace(requests, header.get("block_tokens", BLOCK_TOKENS), header.get("block_bytes"))
+    return Trace(requests, block_tokens, block_bytes)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -97,35 +100,59 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with path.open("rb") as file:
             packed = file.read(2) == GZIP
-        with gzip.open(path, "rb") if packed else path.open("rb") as lines:
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            lines = iter(lambda: file.readline(LONGEST_LINE), b"")
             for number, line in enumerate(lines, 1):
+                if len(line) == LONGEST_LINE:
+                    raise ConfigError(f"{path}:{number}: too long for a line of a trace")
                 if packed and not line.endswith(b"\n"):
                     return
                 if text := line.decode().strip():
                     yield number, text
     except EOFError:
         return
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read as a trace: {error}") from None
 
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         told = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refusal(path, number, error) from None
     if not isinstance(told, dict):
         raise _refusal(path, number, TypeError(type(told).__name__))
     return told
 
 
-def _request(path: Path, number: int, told: dict[str, Any]) -> Request:
+def _header(path: Path, told: Mapping[str, Any]) -> tuple[int, int | None]:
+    """Tokens of a block, and bytes where they are told."""
+    if told["format"] != FORMAT:
+        raise ConfigError(f"{path}: format {shown(told['format'])}; this KVortex reads {FORMAT!r}")
+    try:
+        size = told.get("block_bytes")
+        tokens = _number(told.get("block_tokens", BLOCK_TOKENS), least=1)
+        return tokens, None if size is None else _number(size, least=1)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: the first line does not tell what a block is: {error}"
+        ) from None
+
+
+def _request(path: Path, number: int, told: Mapping[str, Any]) -> Request:
     try:
         keys = tuple(block.to_bytes(ID_BYTES, "big") for block in told["hash_ids"])
-        tokens = int(told.get("input_length", len(keys) * BLOCK_TOKENS))
-        return Request(keys, tokens, int(told.get("timestamp", 0)), dict(told.get("hits", {})))
+        tokens = _number(told.get("input_length", len(keys) * BLOCK_TOKENS))
+        hits = {tier: _number(blocks) for tier, blocks in told.get("hits", {}).items()}
+        return Request(keys, tokens, _number(told.get("timestamp", 0)), hits)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _refusal(path, number, error) from None
+
+
+def _number(told: object, least: int = 0) -> int:
+    if not isinstance(told, int | float) or not least <= told <= LARGEST_NUMBER:
+        raise ValueError(f"{shown(told)} is no number from {least} to {LARGEST_NUMBER}")
+    return int(told)
 
 
 def _refusal(path: Path, number: int, error: Exception) -> ConfigError:

@@ -30,11 +30,9 @@ sys.path.insert(
 )  # so that tests find their helpers in any import mode
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-settings.register_profile("default", max_examples=100, deadline=None, suppress_health_check=RELAXED)
-settings.register_profile(
-    "ci", settings.get_profile("default"), derandomize=True, database=None, print_blob=True
-)
-settings.register_profile("nightly", settings.get_profile("default"), max_examples=500)
+DRAWN = settings(max_examples=100, deadline=None, suppress_health_check=RELAXED, print_blob=True)
+settings.register_profile("ci", DRAWN, derandomize=True, database=None)
+settings.register_profile("fuzz", DRAWN)  # with fresh seeds: `make fuzz` goes round and round
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -12,6 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
+from hypothesis import strategies as st
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -131,6 +132,34 @@ GEOMETRIES = [
     Geometry("odd bytes", odd_bytes),
     Geometry("shared layers", shared_layers),
 ]
+
+
+@st.composite
+def any_geometry(draw: st.DrawFn) -> Geometry:
+    """One to three tensors whose dimensions nest in drawn orders, with drawn gaps."""
+    num_blocks = draw(st.integers(1, 4))
+    shapes = [draw(_shape_and_strides(num_blocks)) for _ in range(draw(st.integers(1, 3)))]
+    kinds = st.sampled_from([torch.int8, torch.bfloat16, torch.float32, torch.float64])
+    rest = [(draw(kinds), draw(st.integers(0, 5))) for _ in shapes]
+
+    def make(device: torch.device) -> Tensors:
+        return {
+            str(i): strided(*shape, dtype, device, offset=offset, seed=i)
+            for i, (shape, (dtype, offset)) in enumerate(zip(shapes, rest, strict=True))
+        }
+
+    return Geometry("drawn", make, num_blocks)
+
+
+@st.composite
+def _shape_and_strides(draw: st.DrawFn, num_blocks: int) -> tuple[list[int], list[int]]:
+    inner = draw(st.lists(st.integers(1, 4), max_size=3))
+    shape = [num_blocks * draw(st.integers(1, 3)), *inner]
+    strides, extent = [0] * len(shape), 1
+    for dim in draw(st.permutations(range(len(shape)))):
+        strides[dim] = extent + draw(st.sampled_from([0, 0, 1, 5]))
+        extent = strides[dim] * shape[dim]
+    return shape, strides
 
 
 def byte_positions(tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:

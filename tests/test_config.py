@@ -85,6 +85,27 @@ def test_settings_of_other_connectors_are_translated(key: str, value: object, hi
     assert str(caught.value).startswith("unknown setting ")
 
 
+@pytest.mark.parametrize("value", [10**400, -1, 0, float("nan"), 1 << 60])
+def test_a_size_that_no_pool_has_is_not_translated(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"write ram_pool_gb=<GiB>$"):
+        KVortexConfig.from_extra_config({"cpu_bytes_to_use": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("a\0b", "the name of a file"), ("\ud800", "a valid string")]
+)
+@pytest.mark.parametrize("key", ["trace_path", "disk_path"])
+def test_what_cannot_be_a_files_name_is_refused(key: str, name: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}=.*: input should be {reason}"):
+        KVortexConfig(**{"disk_pool_gb": 1, "disk_path": "/d", key: name})
+
+
+def test_a_value_is_shown_short() -> None:
+    with pytest.raises(ConfigError) as caught:
+        KVortexConfig.from_extra_config({"ram_pool_gb": "9" * 1_000_000})
+    assert len(str(caught.value)) < 300
+
+
 def test_every_translation_leads_to_a_setting() -> None:
     settings = KVortexConfig.model_fields
     for key, hint in FROM_ELSEWHERE.items():
@@ -158,6 +179,7 @@ def test_what_vllm_is_told() -> None:
     }
 
 
+@pytest.mark.fuzz
 @given(
     ram=st.floats(1e-9, 65536), streams=st.integers(1, 32), policy=st.text(min_size=1, max_size=9)
 )

@@ -353,3 +353,30 @@ def test_clear_says_what_it_could_not_remove(
     (fill_disk(tmp_path) / "thesis.tex").write_text("mine")
     assert main(["disk", "clear", "--yes", str(tmp_path)]) == 1
     assert "1 caches hold files that are not KVortex's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["gone", "a folder", "a link"])
+@pytest.mark.parametrize("name", ["namespace.json", "records", "slots"])
+def test_the_tools_stand_whatever_is_in_the_place_of_a_file(
+    name: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = fill_disk(tmp_path) / name
+    file.unlink()
+    if other == "a folder":
+        file.mkdir()
+    elif other == "a link":
+        file.symlink_to("/etc/passwd")
+    assert main(["disk", "inspect", str(tmp_path), "--json"]) == 0
+    (info,) = json.loads(capsys.readouterr().out)["caches"]
+    assert info["used"] == (len(BLOCKS) if name == "slots" else 0)
+    assert main(["disk", "verify", str(tmp_path), "--json"]) == (name == "slots")
+    corrupt = len(BLOCKS) if name == "slots" else 0
+    assert json.loads(capsys.readouterr().out) == {"good": 0, "corrupt": corrupt}
+
+
+def test_a_description_does_not_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_disk(tmp_path, Namespace(b"", {"model": "\x1b[2J\n\ud800"}))
+    assert main(["disk", "inspect", str(tmp_path)]) == 0
+    assert r"model \x1b[2J\n\ud800" in capsys.readouterr().out

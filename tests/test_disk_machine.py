@@ -9,10 +9,10 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pytest
+from budget import budget
 from disks import NAMESPACE, SLOT_BYTES, Faults, all_ended, block_bytes, content, fill, opened
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -23,9 +23,6 @@ from hypothesis.stateful import (
 )
 
 import kvortex.disk.breaker
-
-if TYPE_CHECKING:
-    import pytest
 
 NUM_SLOTS = 5
 KEYS = [b"a", b"b", b"c", b"d"]
@@ -197,8 +194,7 @@ class DiskMachine(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
+@pytest.mark.fuzz
 def test_any_sequence_of_moves_and_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvortex.disk.breaker, "ERRORS_IN_A_ROW", 1 << 30)  # another test's matter
-    run_state_machine_as_test(
-        DiskMachine, settings=settings(max_examples=60, stateful_step_count=25)
-    )
+    run_state_machine_as_test(DiskMachine, settings=budget(60, stateful_step_count=25))

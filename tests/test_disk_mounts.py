@@ -138,6 +138,30 @@ def test_a_disk_that_fills_up_keeps_what_it_has(small: Path) -> None:
         (small / "other").unlink()
 
 
+def test_a_file_system_that_can_neither_bypass_its_cache_nor_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        mounted(tmp_path / "plain", "-t", "ramfs", "kvortex") as plain,
+        opened(plain, 4, slot_bytes=MIB) as (store, pool),
+    ):
+        assert not store.direct
+        assert not written(store, pool, BIG)
+        assert read(store, pool, [b"a"], [0]) == [block_bytes(b"a", slot_bytes=MIB)]
+    assert "no O_DIRECT and no fallocate" in caplog.text
+
+
+def test_a_file_that_is_cut_off_under_a_store_costs_hits_only(tmp_path: Path) -> None:
+    with opened(tmp_path, 4, slot_bytes=MIB) as (store, pool):
+        assert not written(store, pool, BIG)
+        (slots,) = tmp_path.rglob("slots")
+        os.truncate(slots, MIB + MIB // 2)
+        found = read(store, pool, [b"a", b"b"], [0, 1])
+        assert found == [block_bytes(b"a", slot_bytes=MIB), None]
+        assert not written(store, pool, {b"b": 1}, version=1)
+        assert read(store, pool, [b"b"], [1]) == [block_bytes(b"b", 1, MIB)]
+
+
 def test_a_disk_that_becomes_read_only_is_still_read(looped: Path) -> None:
     with opened(looped, 8, slot_bytes=MIB) as (store, pool):
         assert store.direct

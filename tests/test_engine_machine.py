@@ -272,6 +272,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert left.wait() == left.blocks == 1
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("policy", policy_names())
 def test_engine_equals_a_dict_of_bytes(policy: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "kvortex")

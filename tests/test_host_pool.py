@@ -198,6 +198,7 @@ def test_closed_while_it_prepares(pins: Registrations) -> None:
     pool.close()
 
 
+@pytest.mark.fuzz
 @given(st.integers(1, 4096).map(lambda n: 16 * n) | st.integers(1, 1 << 25).map(lambda n: 16 * n))
 def test_pieces_are_whole_slots_and_whole_pages(slot_bytes: int) -> None:
     slots = slots_of_a_piece(slot_bytes)

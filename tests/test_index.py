@@ -100,6 +100,26 @@ def test_key_is_stored_anew_while_its_older_bytes_are_read() -> None:
     assert counts(index) == (1, 0, 1)
 
 
+def test_blocks_of_a_former_life_are_readable_where_they_lie() -> None:
+    index, told = Index(4), list[tuple[bytes, bool]]()
+    index.on_change = lambda key, readable: told.append((key, readable))
+    first, second = index.adopt({A: 2, B: 0})
+    index.check()
+    assert counts(index) == (2, 0, 2)
+    assert [(block.key, block.slot, block.parent) for block in index] == [
+        (A, 2, None),
+        (B, 0, None),
+    ]
+    assert (index.get(A), index.get(B)) == (first, second)
+    assert told == [(A, True), (B, True)]
+    later = [index.reserve(b"c"), index.reserve(b"d")]
+    assert {block.slot for block in later} == {1, 3}
+    assert first.order < second.order < later[0].order
+    index.forget(first)
+    assert (counts(index), told[-1]) == ((1, 2, 1), (A, False))
+    index.check()
+
+
 def test_slots_past_a_limit_leave_with_their_holder() -> None:
     index = Index(4)
     blocks = [index.reserve(bytes([i])) for i in range(3)]
@@ -165,6 +185,7 @@ def test_check_finds_a_closed_slot_that_was_lost() -> None:
         index.check()
 
 
+@pytest.mark.fuzz
 @given(
     acts=st.lists(
         st.tuples(st.sampled_from(["open", "limit", "reserve", "forget"]), st.integers(0, 8))
@@ -195,14 +216,18 @@ def test_no_slot_is_lost_or_given_out_before_its_time(acts: list[tuple[str, int]
 
 
 @pytest.mark.parametrize(
-    "act", ["publish twice", "second of a key", "pin reserved", "unpin unpinned"]
+    "act",
+    ["publish twice", "publish forgotten", "second of a key", "pin reserved", "unpin unpinned"],
 )
 def test_misuse_is_our_own_bug(act: str) -> None:
     index = Index(3)
     block, other = index.reserve(A), index.reserve(A)
     index.publish(block)
+    forgotten = index.reserve(B)
+    index.forget(forgotten)
     acts = {
         "publish twice": lambda: index.publish(block),
+        "publish forgotten": lambda: index.publish(forgotten),
         "second of a key": lambda: index.publish(other),
         "pin reserved": lambda: index.pin(other),
         "unpin unpinned": lambda: index.unpin(block),
@@ -233,6 +258,7 @@ def test_check_finds_a_lost_slot() -> None:
 VERBS = st.sampled_from(["reserve", "publish", "abort", "forget", "pin", "unpin"])
 
 
+@pytest.mark.fuzz
 @given(steps=st.lists(st.tuples(VERBS, st.integers(0, 3), st.integers(0, 99)), max_size=60))
 def test_conserves_slots(steps: list[tuple[str, int, int]]) -> None:
     index = Index(4)

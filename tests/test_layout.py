@@ -10,6 +10,7 @@ from geometries import (
     GEOMETRIES,
     ORDERS_033,
     Geometry,
+    any_geometry,
     byte_positions,
     dense,
     distinct,
@@ -18,7 +19,6 @@ from geometries import (
     strided,
 )
 from hypothesis import given
-from hypothesis import strategies as st
 
 from kvortex.core import LayoutError
 from kvortex.layout import PAGE_ALIGNMENT, Layout, Page, make_layout
@@ -192,23 +192,9 @@ def test_several_devices_are_refused() -> None:
         make_layout({"a": torch.zeros(4, 4), "b": torch.zeros(4, 4, device="meta")})
 
 
-@st.composite
-def random_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
-    """A tensor whose dimensions nest in a drawn order, with drawn gaps; and a number of blocks."""
-    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
-    per_block = draw(st.integers(1, 3))
-    shape[0] *= per_block
-    strides, extent = [0] * len(shape), 1
-    for dim in draw(st.permutations(range(len(shape)))):
-        strides[dim] = extent + draw(st.sampled_from([0, 0, 1, 5]))
-        extent = strides[dim] * shape[dim]
-    dtype = draw(st.sampled_from([torch.int8, torch.bfloat16, torch.float32, torch.float64]))
-    tensor = strided(shape, strides, dtype, CPU, offset=draw(st.integers(0, 5)))
-    return tensor, shape[0] // per_block
-
-
-@given(made=st.lists(random_tensors(), min_size=1, max_size=3))
-def test_any_geometry_is_covered_exactly(made: list[tuple[torch.Tensor, int]]) -> None:
-    num_blocks = made[0][1]
-    tensors = {str(i): tensor for i, (tensor, blocks) in enumerate(made) if blocks == num_blocks}
+@pytest.mark.fuzz
+@given(geometry=any_geometry())
+def test_any_geometry_is_covered_exactly(geometry: Geometry) -> None:
+    tensors, num_blocks = geometry.make(CPU), geometry.num_blocks
+    assert num_blocks is not None
     check_layout(make_layout(tensors, num_blocks), tensors, num_blocks)

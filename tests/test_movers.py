@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ def ids(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.int64)
 
 
+@pytest.mark.fuzz
 @given(
     pieces=st.lists(
         st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(1, 5)), max_size=30
@@ -99,6 +101,7 @@ def test_ended_readers_are_forgotten() -> None:
         assert len(ring._lent) <= MANY + 1
 
 
+@pytest.mark.fuzz
 @given(
     counts=st.lists(st.integers(0, 16), max_size=40),
     ended=st.lists(st.integers(0, 39), max_size=60),

@@ -454,6 +454,7 @@ class OverflowMachine(RuleBasedStateMachine):
             shutil.rmtree(self.path)
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_host_and_disk_equal_a_dict_of_bytes(
     num_ranks: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

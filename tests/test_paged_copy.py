@@ -9,7 +9,20 @@ import torch
 
 pytest.importorskip("triton")
 
-from geometries import GEOMETRIES, Geometry, Tensors, dense, memory_of, naive_copy, noise, strided
+from budget import budget
+from geometries import (
+    GEOMETRIES,
+    Geometry,
+    Tensors,
+    any_geometry,
+    dense,
+    memory_of,
+    naive_copy,
+    noise,
+    strided,
+)
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvortex.layout import Layout, make_layout
 from kvortex.paged_kernel import TILE_BYTES, tiling_of
@@ -115,6 +128,30 @@ def assert_same(geometry: Geometry, place: torch.device, tile: tuple[int, int] |
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: geometry.name)
 def test_launched_as_in_service(geometry: Geometry, place: torch.device) -> None:
     assert_same(geometry, place, None)
+
+
+@pytest.mark.fuzz
+@budget(50)
+@given(
+    geometry=any_geometry(),
+    tile=st.none() | st.tuples(st.sampled_from([4, 16, 64]), st.sampled_from([1, 2, 8])),
+    moves=st.lists(st.tuples(st.integers(0, 3), st.integers(0, NUM_SLOTS - 1)), max_size=4),
+    store=st.booleans(),
+)
+def test_any_shapes_and_strides(
+    geometry: Geometry,
+    tile: tuple[int, int] | None,
+    moves: list[tuple[int, int]],
+    store: bool,
+    place: torch.device,
+) -> None:
+    kernel, loops = setup(geometry, place, tile), setup(geometry, place, tile)
+    blocks = kernel.layout.num_blocks
+    into = {(slot if store else block % blocks): (block % blocks, slot) for block, slot in moves}
+    kernel.with_kernel([*into.values()], store=store)
+    loops.with_loops([*into.values()], store=store)
+    for ours, theirs in zip(kernel.everything(), loops.everything(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 FEW_RUNS = [g for g in GEOMETRIES if g.name in ("HND", "MLA", "kernel blocks", "unequal layers")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -276,6 +278,13 @@ def test_layers_have_windows_where_transformers_gives_them(
         (LLAMA | {"num_key_value_heads": -1}, ["num_key_value_heads=-1"]),
         (LLAMA | {"num_key_value_heads": 7}, ["7 KV heads"]),
         (LLAMA | {"hidden_size": 4097}, ["hidden_size=4097"]),
+        (LLAMA | {"attn_config": {"kv_n_heads": 10**400}}, ["kv_n_heads=1000", "..."]),
+        (LLAMA | {"architectures": ["two\nlines"]}, [r"two\nlines is not known"]),
+        (
+            LLAMA | {"quantization_config": {"kv_cache_scheme": {"num_bits": "4\n"}}},
+            [r"quantized as {'num_bits': '4\n'}, whose size is not known"],
+        ),
+        (LLAMA | {"layer_types": [["a\n"]]}, [r"not attention (['a\n'])"]),
     ],
 )
 def test_a_model_of_which_nothing_can_be_said_is_refused_in_a_line(
@@ -296,6 +305,8 @@ def test_a_model_of_which_nothing_can_be_said_is_refused_in_a_line(
     [
         (["--tp", "0"], "--tp 0"),
         (["--tp", "3"], "--tp 3"),
+        (["--tp", "1" + 400 * "0"], "--tp 1000"),
+        (["--block-size", "1" + 400 * "0"], "--block-size 1000"),
         (["--gpu-memory", "nan"], "--gpu-memory"),
         (["--gpu-memory", "-1"], "--gpu-memory"),
         (["--link-gb-s", "inf"], "--link-gb-s"),
@@ -326,6 +337,29 @@ def test_what_is_no_configuration_is_refused(content: bytes, tmp_path: Path) -> 
     file.write_bytes(content)
     with pytest.raises(ConfigError, match="no JSON"):
         read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize("depth", [100, 900])
+def test_a_configuration_nested_without_end_is_refused(depth: int, tmp_path: Path) -> None:
+    text = '{"text_config": ' * depth + json.dumps(LLAMA) + "}" * depth
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="no JSON"):
+        read_hf_config(tmp_path)
+
+
+def test_a_name_that_cannot_be_encoded_is_printed_in_a_way_that_a_shell_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / os.fsdecode(b"it's caf\xe9")
+    folder.mkdir()
+    model = written(folder, **LLAMA | {"architectures": ["\ud800\x1b[2JForCausalLM"]})
+    assert main(["plan", model]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(r"\ud800\x1b[2JForCausalLM: 32 layers")
+    command = shlex.split(shown.splitlines()[-1])
+    assert command[:2] == ["vllm", "serve"]
+    assert command[2].endswith(r"it's caf\udce9")
+    assert json.loads(command[-1]) == KVortexConfig().kv_transfer_config()
 
 
 def test_neither_torch_nor_vllm_is_imported(tmp_path: Path) -> None:

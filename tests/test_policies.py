@@ -47,6 +47,7 @@ def drain(policy: EvictionPolicy) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", policy_names())
+@pytest.mark.fuzz
 @given(steps=STEPS)
 def test_contract(name: str, steps: list[Step]) -> None:
     policy = load_policy(name, 8)
@@ -73,6 +74,7 @@ def test_contract(name: str, steps: list[Step]) -> None:
 
 
 @pytest.mark.parametrize("name", policy_names())
+@pytest.mark.fuzz
 @given(steps=STEPS)
 def test_same_steps_same_victims(name: str, steps: list[Step]) -> None:
     """A policy that drew lots could not be replayed."""
@@ -104,6 +106,7 @@ def test_capacity_is_told(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lru", "fifo"])
+@pytest.mark.fuzz
 @given(steps=STEPS)
 def test_queues_equal_a_list(name: str, steps: list[Step]) -> None:
     policy, order = load_policy(name, 8), list[bytes]()
@@ -127,6 +130,7 @@ def test_queues_equal_a_list(name: str, steps: list[Step]) -> None:
     assert drain(policy) == order
 
 
+@pytest.mark.fuzz
 @given(steps=STEPS)
 def test_lfu_equals_a_table_of_weights(steps: list[Step]) -> None:
     """Least uses plus age first; among equals, the one that reached the weight first."""
@@ -151,6 +155,7 @@ def test_lfu_equals_a_table_of_weights(steps: list[Step]) -> None:
     assert drain(policy) == sorted(weight, key=lambda k: (weight[k], since[k]))
 
 
+@pytest.mark.fuzz
 @given(steps=STEPS)
 def test_sieve_equals_a_list_with_a_hand(steps: list[Step]) -> None:
     """One list, oldest first, and the index of the hand; keys that are pinned keep their mark."""
@@ -246,6 +251,7 @@ def test_s3fifo_lets_what_is_seen_once_pass() -> None:
     assert drain(policy)[-2:] == [b"used", bytes([0])]
 
 
+@pytest.mark.fuzz
 @given(numbers=st.lists(st.integers(0, 5), max_size=300))
 def test_sketch_counts_few_keys_exactly(numbers: list[int]) -> None:
     """Up to fifteen; every count is halved after ten times the capacity of sightings."""
@@ -335,6 +341,7 @@ def test_reuse_distance_watches_fewer_keys_of_a_large_pool() -> None:
 
 
 @pytest.mark.parametrize("name", ADMISSIONS)
+@pytest.mark.fuzz
 @given(accesses=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), max_size=200))
 def test_filters_keep_little(name: str, accesses: list[tuple[int, int]]) -> None:
     admission = ADMISSIONS[name](4)
@@ -343,6 +350,7 @@ def test_filters_keep_little(name: str, accesses: list[tuple[int, int]]) -> None
         admission.hit(bytes([number]))
 
 
+@pytest.mark.fuzz
 @given(
     count=st.integers(1, 8),
     steps=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 400)), max_size=200),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
-from hypothesis import settings
+from budget import budget
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -94,7 +94,8 @@ class PolicyMachine(RuleBasedStateMachine):
             assert self.evict() is not None
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("name", MODELS)
 def test_policy_equals_its_model(name: str) -> None:
     machine = type(f"{name}Machine", (PolicyMachine,), {"name": name})
-    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=30))
+    run_state_machine_as_test(machine, settings=budget(40, stateful_step_count=30))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ def naive(
     return next(end for end in range(first + len(keys[0]), first - 1, -1) if works(end))
 
 
+@pytest.mark.fuzz
 @given(st.data())
 def test_same_as_trying_every_length(data: st.DataObject) -> None:
     reaches = data.draw(st.lists(REACHES, min_size=1, max_size=3))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
+from budget import budget
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvortex.plugins import load_policy, policy_names
@@ -94,8 +95,9 @@ STEPS = st.one_of(
 
 
 @pytest.mark.parametrize("name", policy_names())
+@pytest.mark.fuzz
 @given(steps=st.lists(STEPS, max_size=60))
-@settings(max_examples=60)
+@budget(60)
 def test_the_tail_leaves_first(name: str, steps: list[tuple[object, ...]]) -> None:
     served = Served(name)
     for verb, *arguments in steps:

@@ -179,6 +179,18 @@ def test_failed_load_forgets_its_keys_only() -> None:
     assert (keeper.counters.failed_loads, keeper.counters.loaded_blocks) == (2, 0)
 
 
+def test_layers_that_did_not_wait_doom_every_store_under_way() -> None:
+    keeper = scheduler()
+    stored(keeper, A)
+    under_way = keeper.store([B], [1])
+    keeper.settle(StepReport(unwaited_layers=2))
+    keeper.settle(report(under_way))
+    assert (match(keeper, [A]), match(keeper, [B])) == (1, 0)
+    assert (keeper.counters.unwaited_layers, keeper.counters.discarded_stores) == (2, 1)
+    keeper.settle(report(keeper.store([B], [1])))
+    assert match(keeper, [B]) == 1
+
+
 def test_failed_load_dooms_every_store_under_way() -> None:
     keeper = scheduler()
     stored(keeper, A)

@@ -85,6 +85,33 @@ def test_prometheus_own_client_is_understood() -> None:
     assert read.by("seconds_bucket", "le")["+Inf"] == 1
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a " + "1" * 1_000_000 + "x",
+        "a{" + "b" * 1_000_000 + "} 1",
+        "a{" + "}" * 1_000_000 + "x",
+        "a{" + "} 1 " * 250_000 + "x",
+        "a" + " " * 1_000_000 + "x",
+        'a{b="' + '\\"' * 500_000 + "} 1",
+    ],
+    ids=["digits", "letters", "braces", "ends", "spaces", "quotes"],
+)
+def test_no_line_takes_longer_than_others(line: str) -> None:
+    Scrape.of(line, 0)
+
+
+def test_a_label_may_have_what_unicode_takes_for_the_end_of_a_line() -> None:
+    read = Scrape.of('a{b="\u2028\x85\x0c"} 3\r\nb 4', 0)
+    assert (read.total("a"), read.total("b")) == (3, 4)
+
+
+@pytest.mark.parametrize("number", ["1e308", "-1e308", "1e-320"])
+def test_numbers_that_no_sum_or_quotient_stands_are_passed_over(number: str) -> None:
+    assert Scrape.of(f'a{{b="1"}} {number}\na{{b="2"}} 1', 0).total("a") == 1
+
+
 def test_only_what_was_added_is_since_another() -> None:
     before = Scrape.of('a_total{x="1"} 5\nlevel 3', 0)
     now = Scrape.of('a_total{x="1"} 7\na_total{x="2"} 1\nlevel 2', 2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from budget import budget
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvortex.cli import main
@@ -15,7 +18,7 @@ from kvortex.core import ConfigError
 from kvortex.plugins import policy_names
 from kvortex.policies import ADMISSIONS, BUILT_IN, LRU
 from kvortex.simulator import CLAIRVOYANT, replay
-from kvortex.trace import Request, Trace, read_trace
+from kvortex.trace import LONGEST_LINE, Request, Trace, read_trace
 
 TRACE = Path(__file__).parents[2] / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
 REAL = pytest.mark.skipif(not TRACE.exists(), reason="the trace is not here")
@@ -42,6 +45,7 @@ def test_the_tail_leaves_first() -> None:
     assert replay(trace("abc", "x", "ab"), "lru", 3).block_hit_rate == round(2 / 6, 6)
 
 
+@pytest.mark.fuzz
 @given(
     requests=st.lists(
         st.text("abcdefgh", min_size=1, max_size=5).map(lambda t: "".join(dict.fromkeys(t))),
@@ -50,7 +54,7 @@ def test_the_tail_leaves_first() -> None:
     ),
     capacity=st.integers(1, 6),
 )
-@settings(max_examples=25)
+@budget(25)
 def test_no_policy_passes_the_bound_of_single_blocks(requests: list[str], capacity: int) -> None:
     """With requests of one block each the clairvoyant is the best there is."""
     single = trace(*"".join(requests))
@@ -127,6 +131,7 @@ def test_a_policy_that_fails_is_not_shown_with_the_figures_of_lru(
 
 
 @pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.fuzz
 @given(
     requests=st.lists(
         st.text("abcdefgh", min_size=1, max_size=5).map(lambda t: "".join(dict.fromkeys(t))),
@@ -134,7 +139,7 @@ def test_a_policy_that_fails_is_not_shown_with_the_figures_of_lru(
         max_size=40,
     )
 )
-@settings(max_examples=10)
+@budget(10)
 def test_two_tiers_that_hold_all_lose_nothing(policy: str, requests: list[str]) -> None:
     everything = trace(*requests)
     whole = replay(everything, policy, 8)
@@ -211,6 +216,54 @@ def test_command_refuses_in_one_line(
     assert main(["simulate", written(tmp_path, *lines), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert all(word in line for word in words)
+
+
+DEEP = '{"hash_ids": ' + "[" * 100_000 + "]" * 100_000 + "}"
+HEADER = {"format": "kvortex-trace-1", "block_tokens": 16, "block_bytes": 4096}
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([DEEP], "trace.jsonl:1: not a request"),
+        ([LINES[0], '{"hash_ids": [1], "input_length": 1e300}'], "trace.jsonl:2: not a request"),
+        (['{"hash_ids": [1], "timestamp": -1}'], "-1 is no number from 0"),
+        (['{"hash_ids": [1], "timestamp": 9' + "0" * 400 + "}"], "trace.jsonl:1: not a request"),
+        (['{"hash_ids": [1], "hits": {"host": "x"}}'], "'x' is no number"),
+        (['{"hash_ids": [1], "hits": [[1, 2]]}'], "trace.jsonl:1: not a request"),
+        ([json.dumps(HEADER | {"block_bytes": "4 KiB"}), *LINES], "what a block is: '4 KiB'"),
+        ([json.dumps(HEADER | {"block_tokens": 0}), *LINES], "what a block is: 0 is no number"),
+        ([json.dumps(HEADER | {"format": ["\n"] * 99}), *LINES], r"format \['\\n', .*; this"),
+    ],
+)
+def test_a_trace_that_says_nonsense_is_refused(
+    lines: list[str], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        read_trace(Path(written(tmp_path, *lines)))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_compressed_trace_with_a_wrong_byte_is_refused(tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress("\n".join(LINES).encode()))
+    packed[10] |= 6  # a kind of block that there is not
+    path = tmp_path / "trace.gz"
+    path.write_bytes(packed)
+    with pytest.raises(ConfigError, match="cannot be read as a trace"):
+        read_trace(path)
+
+
+def test_a_few_bytes_do_not_become_a_line_of_gigabytes(tmp_path: Path) -> None:
+    path = tmp_path / "trace.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(LONGEST_LINE >> 19):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match=r"trace\.gz:1: too long for a line"):
+        read_trace(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2.5 * LONGEST_LINE
 
 
 def test_a_missing_trace_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

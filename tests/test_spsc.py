@@ -55,6 +55,7 @@ def test_a_ring_that_can_hold_nothing_is_refused(capacity: int, width: int) -> N
         SpscRing(capacity, width)
 
 
+@pytest.mark.fuzz
 @given(
     capacity=st.integers(1, 9),
     steps=st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=60),

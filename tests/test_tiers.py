@@ -157,6 +157,45 @@ def test_the_later_store_wins_in_any_order_of_arrival() -> None:
     assert counts(host.index) == (2, 0, 1)
 
 
+def test_blocks_of_a_former_life_leave_the_oldest_first() -> None:
+    host = tier(3)
+    host.adopt({A: 2, B: 0, C: 3, D: -1})  # of a pool that was larger
+    assert (readable(host), counts(host.index)) == ([A, B], (1, 0, 2))
+    host.reserve([b"1", b"2"])
+    assert readable(host) == [B]
+    host.reserve([b"3"])
+    assert (readable(host), host.evictions) == ([], 2)
+
+
+def test_what_is_here_or_comes_is_not_taken_from_a_former_life() -> None:
+    host = tier(4)
+    (here,) = stored(host, A)
+    arriving = host.reserve([B])
+    free = next(slot for slot in range(4) if slot not in (here.slot, arriving[0].slot))
+    host.adopt({A: free, B: free, C: free})
+    assert host.lookup(A) is here
+    assert (readable(host), counts(host.index)) == ([A, C], (1, 1, 2))
+    host.commit(arriving)
+    assert host.lookup(B) is arriving[0]
+
+
+def test_new_bytes_for_a_block_that_is_next_to_leave_are_used_last() -> None:
+    host = tier(3)
+    old, _ = chain = host.reserve([A, B], [None, A])
+    host.commit(chain)
+    stored(host, C)
+    host.touch([B])  # so that the policy names A, which leaves behind its tail
+    new = host.reserve([A])
+    assert (readable(host), host.lookup(A)) == ([A, C], old)
+    host.commit(new)
+    assert host.lookup(A) is new[0]
+    assert counts(host.index) == (1, 0, 2)
+    host.reserve([b"1", b"2"])
+    assert readable(host) == [A]
+    host.reserve([b"3"])
+    assert (readable(host), host.evictions) == ([], 3)
+
+
 def test_an_outdated_store_stays_unreadable_after_the_later_one_was_evicted() -> None:
     host = tier(2)
     first, second = host.reserve([A]), host.reserve([A])

@@ -67,6 +67,7 @@ def test_a_server_that_was_not_asked_yet_divides_nothing_by_nothing() -> None:
     assert "NO FAILURES" in view.lines()
 
 
+@pytest.mark.fuzz
 @given(st.floats(0, 1e30))
 def test_any_number_is_short(number: float) -> None:
     shown = short(number)
@@ -75,6 +76,11 @@ def test_any_number_is_short(number: float) -> None:
     value, _, unit = shown.partition(" ")
     power = 1000.0 ** " kMGTP".index(unit or " ")
     assert float(value) * power == pytest.approx(number, rel=0.006, abs=0.006)
+
+
+def test_a_server_does_not_steer_the_terminal() -> None:
+    text = 'vllm:kvortex_missed_tokens_total{reason="\x1b[2J"} 3'
+    assert all(line.isprintable() for line in View.of(Scrape.of(text, 1)).lines())
 
 
 def test_lines_fit() -> None:

@@ -515,6 +515,7 @@ def drive(
     assert [what for what in reached if not seen[what]] == []
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize(
     ("num_ranks", "overlap", "loads_fail", "late"),
     [
@@ -550,6 +551,7 @@ def test_the_scheduler_loads_only_what_all_ranks_stored(
     assert bool(seen["failed_loads"]) is loads_fail
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize(
     ("num_ranks", "overlap", "loads_fail", "disk_slots"),
     [

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex.calibration import load_speeds
 from kvortex.commands import outcome
 from kvortex.config import KVortexConfig
-from kvortex.core import ConfigError, Direction
+from kvortex.core import ConfigError, Direction, shown
 from kvortex.planning.attention import KV_DTYPES, attention_of
 from kvortex.planning.hf_config import read_hf_config
 from kvortex.planning.plan import Link, make_plan, table
@@ -88,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(plan.as_dict()))
     else:
         settings = json.dumps(plan.config.kv_transfer_config())
-        print(f"{table(plan)}\n\nvllm serve {model} --kv-transfer-config '{settings}'")
+        words = ("vllm", "serve", str(model), "--kv-transfer-config", settings)
+        print(f"{table(plan)}\n\n{shlex.join(words)}")
     return outcome.OK
 
 
@@ -100,8 +101,8 @@ def _check(arguments: argparse.Namespace) -> None:
         ("--tp", arguments.tp, MOST_GPUS),
         ("--block-size", arguments.block_size, MOST_BLOCK_TOKENS),
     ):
-        if value is not None and not (math.isfinite(value) and 0 < value <= most):
-            raise ConfigError(f"{option} {value:g}: use a number above 0, at most {most}")
+        if value is not None and not 0 < value <= most:
+            raise ConfigError(f"{option} {shown(value)}: use a number above 0, at most {most}")
 
 
 def _config(arguments: argparse.Namespace) -> KVortexConfig:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from kvortex.core import shown
 
 logger = logging.getLogger(__name__)
 LIMITS = ("max_load_tokens", "max_offload_tokens")
@@ -29,17 +28,20 @@ class RequestParams:
     """Whether to tell what was loaded of the request, and why the rest was not."""
 
     @classmethod
-    def of(cls, params: Mapping[str, object] | None) -> Self:
-        """Read them; what makes no sense is ignored, and logged."""
+    def of(cls, params: object) -> Self:
+        """Read them, or None; what makes no sense is ignored, and logged."""
+        told = params if isinstance(params, dict) else {}
+        if params is not told and params is not None:
+            logger.warning("kv_transfer_params=%s is ignored: it must be an object", shown(params))
         asked: dict[str, Any] = {}
         for name in KNOWN:
-            value = (params or {}).get(name)
+            value = told.get(name)
             if type(value) is bool if name == "explain" else type(value) is int and value >= 0:
                 asked[name] = value
             elif value is not None:
                 must = "true or false" if name == "explain" else "a number of tokens"
-                logger.warning("%s=%r is ignored: it must be %s", name, value, must)
-        _tell_unknown(set(params or {}) - set(KNOWN))
+                logger.warning("%s=%s is ignored: it must be %s", name, shown(value), must)
+        _tell_unknown(set(told) - set(KNOWN))
         return cls(**asked)
 
 

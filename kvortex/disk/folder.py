@@ -9,6 +9,7 @@ only files of these names are ever removed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -132,6 +133,18 @@ def opened_folder(name: str | Path, above: int | None = None) -> Iterator[int]:
         os.close(fd)
 
 
+@contextmanager
+def opened_file(name: str, folder: int) -> Iterator[int]:
+    """A descriptor to read a file of an open folder; FileNotFoundError if it is no regular one."""
+    fd = os.open(name, os.O_RDONLY | SAFE, dir_fd=folder)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def read_about(rank: int) -> dict[str, Any]:
     """What the folder says of itself, empty if that cannot be read."""
     try:
@@ -163,10 +176,8 @@ def is_held(rank: int) -> bool:
 
 def _text(folder: int, name: str, longest: int) -> str:
     try:
-        with os.fdopen(os.open(name, os.O_RDONLY | SAFE, dir_fd=folder), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return ""
-            return file.read(longest).decode("utf-8", "replace")
+        with opened_file(name, folder) as fd:
+            return os.pread(fd, longest, 0).decode("utf-8", "replace")
     except OSError:
         return ""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -11,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvortex.core import ConfigError, KVortexError
-from kvortex.disk.file import SAFE
+from kvortex.core import ConfigError, KVortexError, printable
 from kvortex.disk.folder import (
     RECORDS,
     ROOT_LOCK,
@@ -21,6 +19,7 @@ from kvortex.disk.folder import (
     is_held,
     namespaces,
     nobody_opening,
+    opened_file,
     opened_folder,
     ranks,
     read_about,
@@ -143,9 +142,9 @@ def table(infos: list[CacheInfo]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) for row in rows]
     about = [
-        f"{info.namespace[:12]}: " + ", ".join(f"{k} {v}" for k, v in info.description.items())
+        printable(f"{info.namespace[:12]}: " + ", ".join(f"{k} {v}" for k, v in told.items()))
         for info in infos
-        if info.description and info.rank == 0
+        if (told := info.description) and info.rank == 0
     ]
     return "\n".join(line.rstrip() for line in [*lines, *about])
 
@@ -223,13 +222,21 @@ def _checks(folder: int, namespace: str, rank: int) -> Iterator[bool]:
     packed = _read_records(folder)
     found = RecordFormat(bytes.fromhex(namespace), rank, slot_bytes).read_table(memoryview(packed))
     digests = np.zeros(num_pieces(slot_bytes), np.uint64)
-    with _read_only(folder, SLOTS) as file:
-        for slot in sorted(found.slots.tolist()):
-            block = memoryview(os.pread(file, slot_bytes, slot * stride(slot_bytes)))
-            digest_pieces(block, digests, 0, len(digests))
-            record = peek(packed, slot)
-            whole = len(block) == slot_bytes
-            yield whole and record is not None and combine(digests) == record.checksum
+    for slot in sorted(found.slots.tolist()):
+        block = memoryview(_read_block(folder, slot_bytes, slot * stride(slot_bytes)))
+        digest_pieces(block, digests, 0, len(digests))
+        record = peek(packed, slot)
+        whole = len(block) == slot_bytes
+        yield whole and record is not None and combine(digests) == record.checksum
+
+
+def _read_block(folder: int, size: int, offset: int) -> bytes:
+    """As much of it as the drive gives back."""
+    try:
+        with opened_file(SLOTS, folder) as file:
+            return os.pread(file, size, offset)
+    except OSError:
+        return b""
 
 
 def _slot_bytes(about: dict[str, Any]) -> int:
@@ -239,23 +246,11 @@ def _slot_bytes(about: dict[str, Any]) -> int:
 
 def _read_records(folder: int) -> bytes:
     try:
-        with _read_only(folder, RECORDS) as file:
+        with opened_file(RECORDS, folder) as file:
             packed = os.pread(file, min(os.fstat(file).st_size, LARGEST_TABLE), 0)
-    except FileNotFoundError:
+    except OSError:
         return b""
     return packed[: len(packed) // RECORD_BYTES * RECORD_BYTES]
-
-
-@contextmanager
-def _read_only(folder: int, name: str) -> Iterator[int]:
-    """A descriptor of a regular file; of nothing where it is something else."""
-    fd = os.open(name, os.O_RDONLY | SAFE, dir_fd=folder)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise FileNotFoundError(name)
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _disk_bytes(folder: int, name: str) -> int:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kvortex.core import ConfigError
-
-if TYPE_CHECKING:
-    from kvortex.planning.hf_config import HFConfig
+from kvortex.core import ConfigError, printable, shown
+from kvortex.planning.hf_config import HFConfig, text_of
 
 KV_DTYPES = {
     "float32": 4,
@@ -139,16 +137,17 @@ def attention_of(config: HFConfig, kv_dtype: str = "auto") -> Attention:
 
 def _architecture(config: HFConfig) -> str:
     named = config.values.get("architectures")
-    name = str(named[0]) if isinstance(named, list) and named else ""
+    name = text_of(named[0]) if isinstance(named, list) and named else ""
     if name and not any(writer in name for writer in WRITERS):
         raise ConfigError(f"{config.name}: {name} is not known to write text with a KV cache")
-    return name or config.model_type or "unnamed"
+    return printable(name or config.model_type or "unnamed")
 
 
 def _refuse_others(config: HFConfig, text: HFConfig) -> None:
     """Raises ConfigError for a model that keeps something else than equal layers of KV."""
     kinds = text.values.get("layer_types")
-    states = {str(kind) for kind in kinds} - _KINDS.keys() if isinstance(kinds, list) else set()
+    named = [text_of(kind) or shown(kind) for kind in kinds] if isinstance(kinds, list) else []
+    states = set(named) - _KINDS.keys()
     keys = sorted(key for key in STATES if text.has(key))
     if states or keys or any(word in text.model_type for word in STATE_TYPES):
         what = ", ".join(sorted(states) or keys or [text.model_type])
@@ -217,9 +216,10 @@ def _kv_heads(text: HFConfig, heads: int) -> int:
     if one:
         return 1
     inner: Any = text.values.get("attn_config")
-    if isinstance(inner, dict) and type(inner.get("kv_n_heads")) is int:
-        return max(1, int(inner["kv_n_heads"]))
-    told = text.number("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num")
+    told = HFConfig(inner, text.name).number("kv_n_heads") if isinstance(inner, dict) else None
+    told = told or text.number(
+        "n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num"
+    )
     kv_heads = told or heads
     if heads % kv_heads:
         raise ConfigError(
@@ -251,7 +251,7 @@ def _dtype(config: HFConfig, text: HFConfig) -> str:
     for values in (config.values, text.values):
         told = values.get("dtype") or values.get("torch_dtype")
         if told is not None:
-            name = str(told).removeprefix("torch.")
+            name = text_of(told).removeprefix("torch.")
             name = NAMES.get(name, name)
             return "float16" if name == "float16" else "bfloat16"
     return "bfloat16"
@@ -266,10 +266,10 @@ def _quantized(config: HFConfig, quantization: dict[str, Any]) -> str | None:
         if not told:
             continue
         bits = told.get("num_bits") if isinstance(told, dict) else None
-        if bits == 8 or str(told).upper() == "FP8":
+        if bits == 8 or text_of(told).upper() == "FP8":
             return "fp8"
         raise ConfigError(
-            f"{config.name}: the KV cache of this checkpoint is quantized as {told}, whose size "
-            "is not known to `kvortex plan`; say another with --kv-dtype"
+            f"{config.name}: the KV cache of this checkpoint is quantized as {shown(told)}, whose "
+            "size is not known to `kvortex plan`; say another with --kv-dtype"
         )
     return None

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from kvortex.core import ConfigError
+from kvortex.core import ConfigError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
 LARGEST_FILE = 64 << 20
+DEEPEST = 64
+"""Levels in such a file."""
 LARGEST_NUMBER = 1 << 20
 """No model has more of anything that is read here; where it has a wider window, that is none."""
 TEXT_PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
@@ -84,7 +86,7 @@ class HFConfig:
     ) -> None:
         self.name = name
         self.root = values if root is None else root
-        self.model_type = str(values.get("model_type", ""))
+        self.model_type = text_of(values.get("model_type"))
         self.values: dict[str, Any] = {**CLASS_DEFAULTS.get(self.model_type, {}), **values}
 
     def text(self) -> HFConfig:
@@ -111,7 +113,7 @@ class HFConfig:
                 continue
             if type(value) is not int or not 1 <= value <= LARGEST_NUMBER:
                 most = f"a whole number from 1 to {LARGEST_NUMBER}"
-                raise ConfigError(f"{self.name}: {key}={_shown(value)} is not {most}")
+                raise ConfigError(f"{self.name}: {key}={shown(value)} is not {most}")
             return value
         return None
 
@@ -151,11 +153,22 @@ def read_hf_config(path: Path) -> HFConfig:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{file}: this is no JSON; name a model's config.json") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not _is_shallow(values):
         raise ConfigError(f"{file}: this is no JSON object; name a model's config.json")
     return HFConfig(values, str(file))
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+def text_of(value: object) -> str:
+    """A word, empty where it is none."""
+    return value if isinstance(value, str) else ""
+
+
+def _is_shallow(values: dict[str, Any]) -> bool:
+    """Whether it can be looked into without an end of Python's stack."""
+    level: list[Any] = [values]
+    for _ in range(DEEPEST):
+        lists = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [inner for inners in lists for inner in inners if isinstance(inner, dict | list)]
+        if not level:
+            return True
+    return False
