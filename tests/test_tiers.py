@@ -35,6 +35,7 @@ def counts(index: Index) -> tuple[int, int, int]:
 
 
 def readable(host: HostTier, keys: Sequence[bytes] = (A, B, C, D)) -> list[bytes]:
+    assert host.policy_error is None  # or LRU would hide what the policy was told wrongly
     return [key for key in keys if host.lookup(key) is not None]
 
 
@@ -236,17 +237,36 @@ def test_forgotten_key_is_a_new_one_to_the_policy() -> None:
 
 
 class _Nothing(AdmissionFilter):
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.told: list[tuple[bytes, Place | None]] = []
+
+    def hit(self, key: bytes) -> None:
+        self.told.append((key, None))
+
     def admit(self, key: bytes, place: Place) -> bool:
+        self.told.append((key, place))
         return False
 
 
 def test_admission_is_for_full_pools() -> None:
     host = HostTier(2, LRU(2), _Nothing(2))
     assert host.admits(A, Place())
-    stored(host, A, B)
+    stored(host, A)
+    assert host.admits(B, Place())  # the last free slot
+    stored(host, B)
     assert not host.admits(C, Place())
     host.clear()
     assert host.admits(C, Place())
+
+
+def test_the_filter_hears_of_uses_and_places() -> None:
+    listener = _Nothing(2)
+    host = HostTier(2, LRU(2), listener)
+    stored(host, A)
+    host.touch([A, C])
+    host.admits(B, Place(3, 5))
+    assert listener.told == [(A, None), (B, Place(3, 5))]
 
 
 def test_clear_spares_what_arrives() -> None:
