@@ -175,9 +175,8 @@ class CudaCopyEngine(CopyEngine):
     def _load_plainly(self, block_ids: BlockIds, slots: BlockIds, reason: Exception) -> CudaTicket:
         """Load without a mover, while the host waits: vLLM was promised these bytes.
 
-        A vLLM that schedules asynchronously has the next step under way when it hears of a failed
-        load, and keeps the token of that step; its second model runner never goes back to the
-        failed block. To tell it (`Worker.take_bad_blocks`) is therefore the last resort.
+        vLLM's second model runner never goes back to a failed block, whatever the scheduler says.
+        To tell it (`Worker.take_bad_blocks`) is therefore the last resort.
 
         Raises:
             TransferError: torch cannot do it either.
