@@ -21,8 +21,8 @@ SUCCESS, NOT_READY = 0, 600
 DISABLE_TIMING = 2
 """Without BLOCKING_SYNC: behind the 56th such event under way a record blocks the host (H200)."""
 SRC_ACCESS_ORDER_STREAM = 1
-USUAL_PARAMETERS = (8, 8, 8, 4, 4, 4, 4, 8, 8)
-"""Of KVortex's kernel: its own seven, and two pointers that Triton adds."""
+USUAL_PARAMETERS = (8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 8, 8)
+"""Of KVortex's kernel: its own eleven, and two pointers that Triton adds."""
 
 Handle = int
 """A stream, event or function of the driver."""

@@ -20,7 +20,9 @@ TILE_BYTES = 32 << 10
 THREAD_BYTES = 64
 """Of them a thread moves, in 8-byte words."""
 RUN_BYTES = 32
-PARAMETERS = struct.Struct("@PPPiiii")
+PARAMETERS = struct.Struct("@PPPPPPiiiii")
+NO_SUMS = (0, 0, 0)
+SIZES = [8] * 6 + [4] * 5
 
 
 def tiling_of(runs: torch.Tensor, slot_bytes: int) -> Tiling:
@@ -120,10 +122,12 @@ class PagedKernel:
             self._address + first * RUN_BYTES,
             ids,
             slots,
+            *NO_SUMS,
             num_blocks * count * chunks,
             count,
             chunks,
             self._slot_bytes,
+            0,
         )
         self._grid[0] = programs
         self._configuration.stream = stream
@@ -132,7 +136,7 @@ class PagedKernel:
 
 def _parameters(sizes: list[int]) -> tuple[ctypes.Array[ctypes.c_char], ctypes.Array[Any]]:
     """Room for a kernel's parameters, and a pointer to each; those that Triton adds stay null."""
-    assert sizes[:7] == [8, 8, 8, 4, 4, 4, 4], f"unexpected kernel parameters: {sizes}"
+    assert sizes[: len(SIZES)] == SIZES, f"unexpected kernel parameters: {sizes}"
     offsets, end = [], 0
     for size in sizes:
         start = -(-end // size) * size
