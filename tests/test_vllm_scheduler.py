@@ -185,7 +185,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         try:
             done = self.scheduler.reset_prefix_cache(running, connector)
         except RuntimeError:
-            assert busy
+            assert busy or self.blocks_held_by_who_waits()
             return
         self.seen[f"reset {done=}"] += 1
         if connector:
@@ -315,6 +315,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             request.is_finished() or request.status.name == "WAITING_FOR_REMOTE_KVS"
             for request in self.scheduler.requests.values()
         )
+
+    def blocks_held_by_who_waits(self) -> bool:
+        """Whether a request keeps what was loaded for it until it is its turn."""
+        manager = self.scheduler.kv_cache_manager
+        waiting = self.scheduler.requests.keys() - {
+            one.request_id for one in self.scheduler.running
+        }
+        return any(any(manager.get_block_ids(name)) for name in waiting)
 
     def named(self, name: str) -> Request:
         return self.requests[int(name.split()[1])]
