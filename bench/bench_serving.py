@@ -148,19 +148,20 @@ def table(rows: list[dict[str, Any]], ways: list[str]) -> str:
 
 
 def latest(path: Path) -> list[dict[str, Any]]:
-    """The newest row of each measure, of the machine, commit and lengths that were measured last.
-
-    Scenarios measured by several calls come together so.
-    """
+    """Of each scenario the rows that were measured last, with one setting on one machine."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    same = [rows[-1][column] for column in ("device", "commit", "graphs", "scale")]
+    last = {row["scenario"]: _setting(row) for row in rows}
     newest = {
         (row["scenario"], row["way"], row["measure"], row["unit"]): row
         for row in rows
-        if [row[column] for column in ("device", "commit", "graphs", "scale")] == same
+        if _setting(row) == last[row["scenario"]]
     }
     return list(newest.values())
+
+
+def _setting(row: dict[str, Any]) -> list[Any]:
+    return [row[column] for column in ("device", "commit", "graphs", "scale")]
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
@@ -172,6 +173,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.patches import Patch
 
     ways = [way for way in WAYS if way in {row["way"] for row in rows}]
+    graphs = {row["scenario"]: row["graphs"] for row in rows}
     figure, axes = pyplot.subplots(2, 3, figsize=(14, 7.5))
     for axis, (title, (unit, measures)) in zip(axes.flat, PANELS.items(), strict=True):
         for number, way in enumerate(ways):
@@ -187,7 +189,8 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             if unit == "s":
                 high = [float(here[measures[at]]["p99"]) for at in shown]
                 axis.vlines(places, values, high, color="black", linewidth=0.8)
-        axis.set(title=title.strip(), ylabel=unit, xlim=(-0.5, len(measures) - 0.5))
+        how = "CUDA graphs" if graphs.get(title.strip()) == "True" else "eager"
+        axis.set(title=f"{title.strip()} ({how})", ylabel=unit, xlim=(-0.5, len(measures) - 0.5))
         axis.set_xticks(range(len(measures)), [LINE_END.sub(r"\1\n", m) for m in measures])
         axis.grid(axis="y", alpha=0.3)
     shown_ways = [Patch(color=f"C{number}", label=way) for number, way in enumerate(ways)]

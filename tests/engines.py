@@ -47,6 +47,15 @@ def running(model: str, ram_pool_gb: float | None, **settings: Any) -> Iterator[
         gc.collect()
 
 
+def reset_gpu(llm: Any) -> None:
+    """Empty the GPU's prefix cache once no store reads from it: until then vLLM refuses."""
+    for _ in range(100):
+        if llm.reset_prefix_cache():
+            return
+        answers(llm, prompts([4]), tokens=2)  # the engine takes no step for nobody
+    raise AssertionError("vLLM does not reset its prefix cache")
+
+
 def connector(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler.connector
 

@@ -183,7 +183,8 @@ def test_nor_does_it_who_moves_the_bytes(place: torch.device) -> None:
                 last = start + 2 >= len(setup.runs)
                 setup.launch(store=True, runs=setup.runs[start : start + 2], finish=last)
         elif way == "buffer":
-            setup.launch(store=True, slots=torch.zeros_like(setup.slots[:3]), dense=True)
+            buffer = torch.zeros_like(setup.slots[:3], device=place)
+            setup.launch(store=True, slots=buffer, dense=True)
         else:
             before = setup.slots.clone()
             setup.launch(store=True, copy=False)

@@ -14,6 +14,7 @@ from engines import (
     connector,
     counters,
     prompts,
+    reset_gpu,
     running,
     whole_blocks,
     worker_of_this_process,
@@ -78,7 +79,7 @@ def test_every_whole_block_comes_back_and_output_is_equal(
     with running(tiny_model, 0.5, **settings) as llm:
         asked = prompts(LENGTHS)
         cold, _ = answers(llm, asked)
-        assert llm.reset_prefix_cache()
+        reset_gpu(llm)
         restored, cached = answers(llm, asked)
         assert cold == expected
         assert restored == expected
@@ -126,7 +127,7 @@ def test_equal_under_preemption(tiny_model: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(scheduler, "_preempt_request", counted)
         for _ in range(2):
             assert answers(llm, asked, tokens=200)[0] == alone
-            assert llm.reset_prefix_cache()
+            reset_gpu(llm)
         assert preemptions
         assert counters(llm)["loaded_blocks"] > 0
         pool = scheduler.kv_cache_manager.block_pool
@@ -138,7 +139,7 @@ def test_equal_when_the_host_pool_is_too_small(tiny_model: str, expected: list[l
         asked = prompts(LENGTHS)
         for _ in range(2):
             assert answers(llm, asked)[0] == expected
-            assert llm.reset_prefix_cache()
+            reset_gpu(llm)
         assert connector(llm)._scheduler.offload.tier.evictions > 0
         connector(llm)._scheduler.offload.tier.index.check()
 
@@ -165,7 +166,7 @@ def test_a_failing_copy_costs_time_only(
         monkeypatch.setattr(engine, "copy", sometimes)
         for _ in range(4):
             assert answers(llm, asked)[0] == expected
-            assert llm.reset_prefix_cache()
+            reset_gpu(llm)
         assert counters(llm)[f"failed_{broken.value}s"] > 0
         connector(llm)._scheduler.offload.tier.index.check()
 
@@ -178,7 +179,7 @@ def test_a_load_that_cannot_be_launched_is_copied_slowly(
     with running(tiny_model, 0.5) as llm:
         asked = prompts(LENGTHS)
         answers(llm, asked)
-        assert llm.reset_prefix_cache()
+        reset_gpu(llm)
 
         def broken(*_: Any, **__: Any) -> None:
             raise RuntimeError("made to fail")
@@ -217,7 +218,7 @@ def test_aborted_requests_leave_nothing_behind(tiny_model: str, expected: list[l
         while engine.has_unfinished_requests():
             engine.step()
         assert answers(llm, asked)[0] == expected
-        assert llm.reset_prefix_cache()
+        reset_gpu(llm)
         assert answers(llm, asked) == (expected, whole_blocks(LENGTHS))
         assert len(connector(llm)._scheduler._tracked) == 0
 
@@ -384,7 +385,7 @@ def test_layers_wait_for_their_own_part_where_much_is_computed(
     with running(tiny_model, 0.5, **settings) as llm:
         answers(llm, halves)
         for _ in range(3):
-            assert llm.reset_prefix_cache()
+            reset_gpu(llm)
             restored, cached = answers(llm, whole)
             assert restored == expected
             assert min(cached) > 0
@@ -401,7 +402,7 @@ def test_long_loads_wait_apart_from_running_requests(
         answers(llm, asked)
         costs = connector(llm)._scheduler.costs
         monkeypatch.setattr(type(costs), "pauses", lambda *_: True)
-        assert llm.reset_prefix_cache()
+        reset_gpu(llm)
         restored, cached = answers(llm, asked)
         assert restored == expected
         assert cached == whole_blocks(LENGTHS)
@@ -426,7 +427,7 @@ def test_a_load_apart_that_fails_is_computed_again(
             return copy(direction, ids, slots)
 
         monkeypatch.setattr(engine, "copy", failing)
-        assert llm.reset_prefix_cache()
+        reset_gpu(llm)
         assert answers(llm, asked)[0] == expected
         counted = counters(llm)
         assert counted["failed_loads"] > 0
@@ -463,7 +464,7 @@ def test_speed_of_prefill_is_what_a_clock_says(tiny_model: str) -> None:
             began = time.perf_counter()
             answers(llm, asked, tokens=1)
             speeds.append(2000 / (time.perf_counter() - began))
-            assert llm.reset_prefix_cache()
+            reset_gpu(llm)
             answers(llm, asked, tokens=1)
         learnt = connector(llm)._scheduler.costs.prefill_tokens_per_s
         assert min(speeds) * 0.7 < learnt < max(speeds) * 3
@@ -478,7 +479,7 @@ def test_a_trace_is_recorded_and_can_be_replayed(tiny_model: str, tmp_path: Path
     with running(tiny_model, None, kv_transfer_config=config.kv_transfer_config()) as llm:
         asked = prompts([1000, 333])
         answers(llm, asked, tokens=1)
-        assert llm.reset_prefix_cache()
+        reset_gpu(llm)
         answers(llm, asked, tokens=1)
         connector(llm).shutdown()
     trace = read_trace(path)

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import models
 import pytest
 import torch
-from engines import answers, connector, counters, prompts, running, worker_of_this_process
+from engines import (
+    answers,
+    connector,
+    counters,
+    prompts,
+    reset_gpu,
+    running,
+    worker_of_this_process,
+)
 
 from kvortex.core import Direction, TransferError
 
@@ -28,7 +36,7 @@ def twice(llm: Any, *, reset: bool) -> tuple[list[list[int]], list[int]]:
     """Outputs and cached tokens of prompts that return."""
     answers(llm, prompts(FEW), tokens=8)
     if reset:
-        assert llm.reset_prefix_cache()
+        reset_gpu(llm)
     return answers(llm, prompts(FEW), tokens=8)
 
 
@@ -80,7 +88,7 @@ def test_a_window_is_loaded_no_further_back_than_it_reaches(
     model, expected = hybrid
     with running(model, 0.5, skip_tokenizer_init=True) as llm:
         answers(llm, prompts([1500]))
-        assert llm.reset_prefix_cache()
+        reset_gpu(llm)
         answers(llm, prompts([1500]))
         whole, window = 1472 // 32, models.WINDOW // 32
         assert counters(llm)["loaded_blocks"] == whole + window
@@ -102,12 +110,12 @@ def test_a_failed_load_of_several_groups_is_computed_again(
             return copy(direction, *args)
 
         monkeypatch.setattr(engine, "copy", failing)
-        assert llm.reset_prefix_cache()
+        reset_gpu(llm)
         assert answers(llm, prompts(LENGTHS))[0] == expected
         assert counters(llm)["failed_loads"] > 0
         assert counters(llm)["loaded_blocks"] == 0
         monkeypatch.undo()
-        assert llm.reset_prefix_cache()
+        reset_gpu(llm)
         assert answers(llm, prompts(LENGTHS))[0] == expected
         assert counters(llm)["loaded_blocks"] > 0
         assert connector(llm)._scheduler.offload.pending is False
@@ -125,6 +133,6 @@ def test_wrong_bytes_in_one_group_would_change_the_answers(
         for block in index:
             if block.key.endswith(b"\x00" * 4):  # of group 0
                 pool[block.slot] = 0
-        assert llm.reset_prefix_cache()
+        reset_gpu(llm)
         wrong = answers(llm, prompts(LENGTHS))[0]
         assert all(a != b for a, b, n in zip(wrong, expected, LENGTHS, strict=True) if n > 100)

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engines import answers, connector, counters, prompts, running, whole_blocks
+from engines import answers, connector, counters, prompts, reset_gpu, running, whole_blocks
 
 from kvortex import KVortexConfig
 
@@ -37,7 +37,7 @@ def test_a_block_comes_back_to_all_ranks(
     settings["kv_transfer_config"] = config.kv_transfer_config()
     with running(tiny_model, None, **settings) as llm:
         first, _ = answers(llm, asked)
-        assert llm.reset_prefix_cache()
+        reset_gpu(llm)
         again, cached = answers(llm, asked)
         assert again == first
         assert cached == whole_blocks(LENGTHS)
