@@ -36,6 +36,23 @@ def _scrambled(x):
 
 
 @triton.jit
+def _of_chunks(
+    item, end, ids, runs, num_runs, chunks_per_run, COLUMNS: tl.constexpr, WORD: tl.constexpr
+):
+    """What must be known of chunks: all [ROWS], and of those from `end` on, that there are none."""
+    i_run = item // chunks_per_run % num_runs
+    i_block = item // chunks_per_run // num_runs
+    live = item < end
+    block_id = tl.load(ids + i_block * COLUMNS, mask=live, other=0)
+    slot = tl.load(ids + i_block * COLUMNS + 1, mask=live, other=0)
+    base = tl.load(runs + i_run * 4)
+    stride = tl.load(runs + i_run * 4 + 1)
+    start = tl.load(runs + i_run * 4 + 2)
+    words = tl.where(live, tl.load(runs + i_run * 4 + 3) // WORD, 0)
+    return i_block, live, block_id, slot, base, stride, start, words
+
+
+@triton.jit
 def _summed(value, row_keys, words, lanes, lane_keys):
     """Sums [ROWS, STRIPE] of the words [STRIPES, ROWS, STRIPE] of some chunks, each scrambled with
     its place in a slot; `words` [ROWS] are how many of a chunk there are."""
@@ -122,15 +139,9 @@ def _paged_copy(
     first_round = tl.program_id(0) * rounds
     end = tl.minimum((first_round + rounds) * ROWS, num_items)
     item = first_round * ROWS + tl.arange(0, ROWS)  # [ROWS], as everything of a chunk
-    i_run = item // chunks_per_run % num_runs
-    i_block = item // chunks_per_run // num_runs
-    live = item < end
-    block_id = tl.load(ids + i_block * COLUMNS, mask=live, other=0)
-    slot = tl.load(ids + i_block * COLUMNS + 1, mask=live, other=0)
-    base = tl.load(runs + i_run * 4)
-    stride = tl.load(runs + i_run * 4 + 1)
-    start = tl.load(runs + i_run * 4 + 2)
-    words = tl.where(live, tl.load(runs + i_run * 4 + 3) // WORD, 0)
+    i_block, live, block_id, slot, base, stride, start, words = _of_chunks(
+        item, end, ids, runs, num_runs, chunks_per_run, COLUMNS, WORD
+    )
     if SUM:
         block_chunks = chunks_per_run * num_runs
         lane_keys = lanes.to(tl.uint64) * GOLDEN
@@ -167,15 +178,9 @@ def _paged_copy(
         # So is what the next round needs fetched: ids may come over the link. Bytes are streamed
         # once: first to leave L2, so that the model's stay.
         item += ROWS
-        i_run = item // chunks_per_run % num_runs
-        i_block = item // chunks_per_run // num_runs
-        live = item < end
-        block_id = tl.load(ids + i_block * COLUMNS, mask=live, other=0)
-        slot = tl.load(ids + i_block * COLUMNS + 1, mask=live, other=0)
-        base = tl.load(runs + i_run * 4)
-        stride = tl.load(runs + i_run * 4 + 1)
-        start = tl.load(runs + i_run * 4 + 2)
-        words = tl.where(live, tl.load(runs + i_run * 4 + 3) // WORD, 0)
+        i_block, live, block_id, slot, base, stride, start, words = _of_chunks(
+            item, end, ids, runs, num_runs, chunks_per_run, COLUMNS, WORD
+        )
         if COPY:
             if STORE:
                 tl.store(p_cpu, value, mask=mask, cache_modifier=".cs")
