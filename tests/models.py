@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 
 from kvortex.tiny_model import MAX_TOKENS, SPECIAL_TOKENS, VOCABULARY
@@ -13,9 +14,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["WINDOW", "llama", "mla", "window_hybrid"]
+__all__ = ["NO_FP8", "WINDOW", "llama", "mla", "window_hybrid"]
 
 WINDOW = 96
+NO_FP8 = pytest.mark.skipif(
+    not torch.cuda.is_available()
+    and not torch.cpu._is_avx512_supported()
+    and not torch.cpu._is_amx_tile_supported(),
+    reason="vLLM's fp8 KV cache needs AVX-512 or AMX on a CPU",
+)
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,

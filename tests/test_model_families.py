@@ -45,7 +45,7 @@ def twice(llm: Any, *, reset: bool) -> tuple[list[list[int]], list[int]]:
     [
         pytest.param(models.window_hybrid, {}, id="window hybrid"),
         pytest.param(models.mla, {}, id="MLA", marks=[pytest.mark.gpu, NO_CUDA]),
-        pytest.param(models.llama, {"kv_cache_dtype": "fp8"}, id="fp8"),
+        pytest.param(models.llama, {"kv_cache_dtype": "fp8"}, id="fp8", marks=models.NO_FP8),
     ],
 )
 def test_a_host_hit_answers_as_vllms_own_prefix_hit(

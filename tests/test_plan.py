@@ -83,7 +83,7 @@ def uneven_hybrid(folder: Path) -> None:
     ("make", "kv_dtype", "groups"),
     [
         pytest.param(models.llama, "float32", 1, id="GQA"),
-        pytest.param(models.llama, "fp8", 1, id="fp8"),
+        pytest.param(models.llama, "fp8", 1, id="fp8", marks=models.NO_FP8),
         pytest.param(models.mla, "float32", 1, id="MLA"),
         pytest.param(windowed, "bfloat16", 1, id="MQA, window"),
         pytest.param(models.window_hybrid, "float32", 2, id="hybrid"),
