@@ -53,7 +53,7 @@ def simulate(
             load_policy(policy, 1)
     _read(trace)
     size_of = _Sizes(_traces[0], block_bytes)
-    sizes = [size_of("--capacity", capacity) for capacity in capacities]
+    sizes = list(dict.fromkeys(size_of("--capacity", capacity) for capacity in capacities))
     disk_blocks = 0 if disk is None else size_of("--disk", disk)
     tasks = [(policy, size, admission, disk_blocks) for policy in policies for size in sizes]
     outcomes: dict[tuple[str, int, str, int], Outcome] = {}
@@ -153,7 +153,8 @@ class _Sizes:
             return size // self._block_bytes
         try:
             if capacity.endswith("%"):
-                return int(float(capacity[:-1]) / 100 * self._distinct)
+                share = float(capacity[:-1]) / 100
+                return max(int(share * self._distinct), int(share > 0))  # of any trace, a block
             return int(capacity)
         except (ValueError, OverflowError):
             return None

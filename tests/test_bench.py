@@ -158,6 +158,8 @@ def test_picture(tmp_path: Path) -> None:
         (["--plot", "/no/folder/b.png"], "--plot"),
         (["--ram-pool-gb", "60000"], "ram_pool_gb=60000: this machine has"),
         (["--disk-path", "/tmp"], "set disk_pool_gb too"),
+        (["--disk-path", "/tmp", "--disk-pool-gb", "900000"], "lower disk_pool_gb"),
+        (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
