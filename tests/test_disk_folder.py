@@ -83,7 +83,8 @@ def test_a_second_server_is_refused(tmp_path: Path) -> None:
             pass
         assert str(caught.value) == (
             f"disk_path={str(tmp_path)!r}: another server (process {os.getpid()}) keeps its cache "
-            "of the same model there; give each server a disk_path of its own"
+            "of the same model there; give each server a disk_path of its own, or end what a "
+            "killed one left behind"
         )
         assert read(store, pool, list(BLOCKS), [0, 3]) == [block_bytes(b"a"), block_bytes(b"b")]
     with opened(tmp_path) as (store, _):
