@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvortex.core import ConfigError
@@ -12,7 +15,7 @@ from kvortex.simulator import CLAIRVOYANT, Outcome, replay
 from kvortex.trace import read_trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from kvortex.trace import Trace
@@ -57,7 +60,7 @@ def simulate(
     disk_blocks = 0 if disk is None else size_of("--disk", disk)
     tasks = [(policy, size, admission, disk_blocks) for policy in policies for size in sizes]
     outcomes: dict[tuple[str, int, str, int], Outcome] = {}
-    with ProcessPoolExecutor(os.cpu_count(), initializer=_read, initargs=(trace,)) as workers:
+    with _workers(trace) as workers:
         under_way = {workers.submit(_replay, *task): task for task in tasks}
         for done in as_completed(under_way):
             policy, size, *_ = under_way[done]
@@ -112,6 +115,26 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         raise ConfigError(f"--plot {path}: {error}") from None
     finally:
         pyplot.close(figure)
+
+
+@contextmanager
+def _workers(trace: Path) -> Iterator[ProcessPoolExecutor]:
+    """A process for each core; after an error or ctrl-c they are ended, not waited for."""
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(os.cpu_count(), initializer=_begin, initargs=(trace,)) as workers:
+        try:
+            yield workers
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()  # it has nothing to clean up, and may have caught a milder signal
+            workers.shutdown(cancel_futures=True)
+            raise
+
+
+def _begin(trace: Path) -> None:
+    """In a worker: ctrl-c reaches all processes of a terminal; the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _read(trace)
 
 
 def _read(trace: Path) -> None:
