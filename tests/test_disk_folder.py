@@ -312,9 +312,10 @@ def test_verify_and_clear_refuse_a_folder_in_use(
 ) -> None:
     with opened(tmp_path) as (store, pool):
         written(store, pool, BLOCKS)
-        for command in (["clear", "--yes"], ["verify"]):
-            assert main(["disk", *command, str(tmp_path)]) == 2
-            assert "stop it first" in capsys.readouterr().err
+        for command in (["clear", "--yes"], ["clear"], ["verify"]):
+            assert main(["disk", *command, str(tmp_path)]) == 2  # before it asks
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.endswith("stop it first")
         assert main(["disk", "inspect", "--json", str(tmp_path)]) == 0
         assert json.loads(capsys.readouterr().out)["caches"][0]["in_use"] is True
     assert folder_of(tmp_path).exists()
