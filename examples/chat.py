@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 from openai.types.chat import ChatCompletionMessageParam
 
 QUESTION = "Tell me more about number {number}, in one sentence."
@@ -24,7 +24,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=64)
     arguments = parser.parse_args()
+    try:
+        converse(arguments)
+    except OpenAIError as error:  # nobody is there, or the model has no chat template
+        raise SystemExit(f"{arguments.url}: {error}") from None
 
+
+def converse(arguments: argparse.Namespace) -> None:
     client = OpenAI(base_url=f"{arguments.url}/v1", api_key="none")
     model = client.models.list().data[0].id
     conversation: list[ChatCompletionMessageParam] = []

@@ -23,13 +23,22 @@ if TYPE_CHECKING:
 def doubts(config: KVortexConfig) -> list[str]:
     """Each in a line, with what to write instead; none where this machine will do."""
     told = []
-    checks: tuple[Callable[[KVortexConfig], None], ...] = (_memory, _node, _trace, _disk)
-    for check in checks:
+    for check in _checks():
         try:
             check(config)
         except ConfigError as error:
             told.append(str(error))
     return told + [doubt for doubt in (small_disk(config),) if doubt is not None]
+
+
+def require_this_machine(config: KVortexConfig) -> None:
+    """Before minutes of work for which servers are started here.
+
+    Raises:
+        ConfigError: the first thing that one of them would refuse.
+    """
+    for check in _checks():
+        check(config)
 
 
 def small_disk(config: KVortexConfig) -> str | None:
@@ -41,6 +50,10 @@ def small_disk(config: KVortexConfig) -> str | None:
         f"disk_pool_gb={disk:g} is not more than ram_pool_gb={ram:g}: the disk has what RAM has, "
         "and serves after a restart only."
     )
+
+
+def _checks() -> tuple[Callable[[KVortexConfig], None], ...]:
+    return (_memory, _node, _trace, _disk)
 
 
 def _memory(config: KVortexConfig) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Self
 
-from kvortex.core import KVortexError
+from kvortex.core import ConfigError, KVortexError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -101,6 +101,7 @@ def scrape(url: str, timeout_s: float = 10) -> Scrape:
         timeout_s: how long it may say nothing.
 
     Raises:
+        ConfigError: a URL that cannot be a server's.
         ScrapeError: in one line, why nothing can be told.
     """
     where = metrics_url(url)
@@ -111,7 +112,7 @@ def scrape(url: str, timeout_s: float = 10) -> Scrape:
         raise ScrapeError(f"{where} answers {error.code}: that is not vLLM's /metrics") from None
     except (OSError, HTTPException, ValueError) as error:
         why = getattr(error, "reason", None) or error
-        raise ScrapeError(f"no answer from {where}: {why}") from None
+        raise ScrapeError(f"no answer from {where}: {why}; is a server up there?") from None
     result = Scrape.of(text, time.monotonic())
     if not any(name.startswith("vllm:") for name in result.samples):
         raise ScrapeError(f"{where} is not vLLM's: no metric there begins with vllm:")
@@ -127,11 +128,11 @@ def metrics_url(url: str) -> str:
     """Where a server that was named in short has its metrics.
 
     Raises:
-        ScrapeError: a scheme other than http and https.
+        ConfigError: a scheme other than http and https.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
         scheme, rest = "http", url
     if scheme not in {"http", "https"} or not rest.strip("/"):
-        raise ScrapeError(f"{url}: use the URL of a server, like http://localhost:8000")
+        raise ConfigError(f"{url}: use the URL of a server, like http://localhost:8000")
     return f"{scheme}://{rest.rstrip('/').removesuffix('/metrics')}/metrics"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvortex.core import ConfigError
@@ -12,7 +15,7 @@ from kvortex.simulator import CLAIRVOYANT, Outcome, replay
 from kvortex.trace import read_trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from kvortex.trace import Trace
@@ -53,11 +56,11 @@ def simulate(
             load_policy(policy, 1)
     _read(trace)
     size_of = _Sizes(_traces[0], block_bytes)
-    sizes = [size_of("--capacity", capacity) for capacity in capacities]
+    sizes = list(dict.fromkeys(size_of("--capacity", capacity) for capacity in capacities))
     disk_blocks = 0 if disk is None else size_of("--disk", disk)
     tasks = [(policy, size, admission, disk_blocks) for policy in policies for size in sizes]
     outcomes: dict[tuple[str, int, str, int], Outcome] = {}
-    with ProcessPoolExecutor(os.cpu_count(), initializer=_read, initargs=(trace,)) as workers:
+    with _workers(trace) as workers:
         under_way = {workers.submit(_replay, *task): task for task in tasks}
         for done in as_completed(under_way):
             policy, size, *_ = under_way[done]
@@ -114,6 +117,26 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         pyplot.close(figure)
 
 
+@contextmanager
+def _workers(trace: Path) -> Iterator[ProcessPoolExecutor]:
+    """A process for each core; after an error or ctrl-c they are ended, not waited for."""
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(os.cpu_count(), initializer=_begin, initargs=(trace,)) as workers:
+        try:
+            yield workers
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()  # it has nothing to clean up, and may have caught a milder signal
+            workers.shutdown(cancel_futures=True)
+            raise
+
+
+def _begin(trace: Path) -> None:
+    """In a worker: ctrl-c reaches all processes of a terminal; the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _read(trace)
+
+
 def _read(trace: Path) -> None:
     _traces[:] = [read_trace(trace)]
 
@@ -153,7 +176,8 @@ class _Sizes:
             return size // self._block_bytes
         try:
             if capacity.endswith("%"):
-                return int(float(capacity[:-1]) / 100 * self._distinct)
+                share = float(capacity[:-1]) / 100
+                return max(int(share * self._distinct), int(share > 0))  # of any trace, a block
             return int(capacity)
         except (ValueError, OverflowError):
             return None

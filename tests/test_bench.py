@@ -155,9 +155,13 @@ def test_picture(tmp_path: Path) -> None:
         (["--repeats", "0"], "--repeats 0: use 1 or more"),
         (["--context", "1"], "--context 1: use 64 or more"),
         (["--users-on-gpu", "-2"], "--users-on-gpu -2: use 0 or more"),
-        (["--plot", "/no/folder/b.png"], "--plot"),
+        (["--plot", "/no/folder/b.png"], "--plot /no/folder/b.png: there is no folder"),
+        (["--plot", "/tmp"], "--plot /tmp: it is a folder"),
+        (["--plot", "/tmp/b.foo"], "--plot /tmp/b.foo: use a name that ends with .png"),
         (["--ram-pool-gb", "60000"], "ram_pool_gb=60000: this machine has"),
         (["--disk-path", "/tmp"], "set disk_pool_gb too"),
+        (["--disk-path", "/tmp", "--disk-pool-gb", "900000"], "lower disk_pool_gb"),
+        (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(

@@ -50,12 +50,28 @@ def test_bad_settings_are_one_line_and_code_2(
     assert all(word in shown.err for word in words)
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["config", "--ram-pool", "x", "y"]])
-def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "command", "words"),
+    [
+        ([], "kvortex", "required: COMMAND"),
+        (["nonsense"], "kvortex", "invalid choice: 'nonsense'"),
+        (["--nonsense", "config"], "kvortex", "unrecognized arguments: --nonsense"),
+        (["config", "--ram-pool", "x", "y"], "kvortex config", "unrecognized arguments: y"),
+        (["plan", "model", "--gpu-memory", "much"], "kvortex plan", "invalid float value: 'much'"),
+        (["trace", "record"], "kvortex trace record", "required: FILE"),
+        (["trace", "info", "a", "b"], "kvortex trace info", "unrecognized arguments: b"),
+    ],
+)
+def test_wrong_usage_is_code_2_and_one_line_that_names_the_help(
+    arguments: list[str], command: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage: kvortex" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{command}: ")
+    assert line.endswith(f"; see {command} --help")
+    assert words in line
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -286,11 +286,14 @@ def test_what_a_request_asks_in_vain_is_told_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(request_params, "_told", told)
     monkeypatch.setattr(request_params.logger, "handlers", [kept])
     for _ in range(3):
-        asked = {"max_loaded_tokens": 3, "max_load_tokens": 5}
+        asked = {"max_loaded_tokens": 3, "max_load_tokens": 5, "explain": "maybe"}
         assert request_params.RequestParams.of(asked).max_load_tokens == 5
+        request_params.RequestParams.of([])
     assert kept.lines == [
+        "explain='maybe' is ignored: it must be true or false",
         "kv_transfer_params: 'max_loaded_tokens' is ignored; KVortex knows max_load_tokens, "
-        "max_offload_tokens, explain"
+        "max_offload_tokens, explain",
+        "kv_transfer_params=[] is ignored: it must be an object",
     ]
     for number in range(100):
         request_params.RequestParams.of({f"name {number}": 1})

@@ -83,7 +83,8 @@ def test_a_second_server_is_refused(tmp_path: Path) -> None:
             pass
         assert str(caught.value) == (
             f"disk_path={str(tmp_path)!r}: another server (process {os.getpid()}) keeps its cache "
-            "of the same model there; give each server a disk_path of its own"
+            "of the same model there; give each server a disk_path of its own, or end what a "
+            "killed one left behind"
         )
         assert read(store, pool, list(BLOCKS), [0, 3]) == [block_bytes(b"a"), block_bytes(b"b")]
     with opened(tmp_path) as (store, _):
@@ -225,11 +226,9 @@ def test_a_spoiled_description_is_written_anew(tmp_path: Path, about: str) -> No
 
 def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    told = r"^disk_path='.*file.*': Not a directory; name a folder of a local drive that you may"
     for path in (tmp_path / "file", tmp_path / "file" / "disk"):
-        with (
-            pytest.raises(ConfigError, match=r"^disk_path='.*file.*': Not a directory$"),
-            opened(path),
-        ):
+        with pytest.raises(ConfigError, match=told), opened(path):
             pass
 
 
@@ -313,9 +312,10 @@ def test_verify_and_clear_refuse_a_folder_in_use(
 ) -> None:
     with opened(tmp_path) as (store, pool):
         written(store, pool, BLOCKS)
-        for command in (["clear", "--yes"], ["verify"]):
-            assert main(["disk", *command, str(tmp_path)]) == 2
-            assert "stop it first" in capsys.readouterr().err
+        for command in (["clear", "--yes"], ["clear"], ["verify"]):
+            assert main(["disk", *command, str(tmp_path)]) == 2  # before it asks
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.endswith("stop it first")
         assert main(["disk", "inspect", "--json", str(tmp_path)]) == 0
         assert json.loads(capsys.readouterr().out)["caches"][0]["in_use"] is True
     assert folder_of(tmp_path).exists()

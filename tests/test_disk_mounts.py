@@ -177,7 +177,10 @@ def test_a_disk_that_is_read_only_is_refused(looped: Path) -> None:
     with opened(looped, 4, slot_bytes=MIB) as (store, pool):
         assert not written(store, pool, BIG)
     run("mount", "-o", "remount,ro", str(looped))
-    with pytest.raises(ConfigError, match=r"disk_path=.*: Read-only file system$"), opened(looped):
+    with (
+        pytest.raises(ConfigError, match=r"disk_path=.*: Read-only file system; name"),
+        opened(looped),
+    ):
         pass
 
 

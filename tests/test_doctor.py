@@ -64,6 +64,14 @@ def test_something_that_fails_is_code_1(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"mkdir -p {tmp_path}/missing" in capsys.readouterr().out
 
 
+def test_a_file_in_the_place_of_the_folder_is_not_to_be_made_one(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    finding = check_drive(file)
+    assert (finding.verdict, finding.found) == (Verdict.FAIL, f"{file}: Not a directory")
+    assert finding.advice == "name a folder of a local drive that you may write to"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_it_cannot_look_at(capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor", "--json"])

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,16 @@ def manifests() -> dict[str, dict[str, Any]]:
     """Of Kubernetes, by kind."""
     found = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
     return {manifest["kind"]: manifest for manifest in found}
+
+
+def test_a_chat_with_nobody_ends_in_one_line() -> None:
+    pytest.importorskip("openai")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        command = [sys.executable, str(EXAMPLES / "chat.py"), url]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"{url}: Connection error.\n")
 
 
 def pod() -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_the_command_wants_one_file(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["trace.gz", "--trace-path", "other.gz"]):
         with pytest.raises(SystemExit, match="2"):
             main(["trace", "record", *arguments])
-        assert "usage: kvortex" in capsys.readouterr().err
+        assert "see kvortex trace record --help" in capsys.readouterr().err
 
 
 def test_neither_keys_nor_names_are_in_the_file(tmp_path: Path) -> None:

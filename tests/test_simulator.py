@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import random
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from budget import budget
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvortex import simulation
 from kvortex.cli import main
 from kvortex.core import ConfigError
 from kvortex.plugins import policy_names
@@ -173,7 +176,7 @@ def test_capacities_in_bytes_and_a_second_tier(
     command += ["--capacity", "2MiB,0.003GB", "--block-bytes", "1MiB"]
     assert main([*command, "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(row["capacity_blocks"], row["disk_blocks"]) for row in rows] == [(2, 7), (2, 7)]
+    assert [(row["capacity_blocks"], row["disk_blocks"]) for row in rows] == [(2, 7)]
     assert all(row["disk_hit_rate"] > 0 for row in rows)
     assert main(command) == 0
     assert "disk" in capsys.readouterr().out
@@ -216,6 +219,32 @@ def test_command_refuses_in_one_line(
     assert main(["simulate", written(tmp_path, *lines), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert all(word in line for word in words)
+
+
+def test_a_share_of_a_short_trace_is_a_block_at_least(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", written(tmp_path, *LINES), "--policy", "lru", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["capacity_blocks"] for row in rows] == [1, 2]  # once each
+
+
+def test_ctrl_c_ends_replays_that_are_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replay_or_hang(_: Trace, policy: str, *__: object) -> None:
+        if policy != "lru":
+            threading.Event().wait()
+
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulation, "replay", replay_or_hang)
+    others = multiprocessing.active_children()
+    path = Path(written(tmp_path, *LINES))
+    with pytest.raises(KeyboardInterrupt):
+        simulation.simulate(path, ["lru", "fifo", "arc"], ["3", "4"], "always", interrupt)
+    assert multiprocessing.active_children() == others
 
 
 DEEP = '{"hash_ids": ' + "[" * 100_000 + "]" * 100_000 + "}"

@@ -127,7 +127,7 @@ def _plan(arguments: argparse.Namespace, folder: Path) -> Plan:
     from kvortex.benchmark.plan import Plan
     from kvortex.benchmark.ways import KVORTEX, NONE
     from kvortex.doctor.versions import installed_vllm
-    from kvortex.free_memory import require_free_memory
+    from kvortex.doubts import require_this_machine
 
     config = read_config(arguments)
     conversations = _conversations(arguments)
@@ -140,12 +140,14 @@ def _plan(arguments: argparse.Namespace, folder: Path) -> Plan:
         _require(option, least, numbers)
     if installed_vllm() is None:
         raise ConfigError("vLLM is not installed: pip install 'kvortex[vllm]'")
-    require_free_memory(config.ram_pool_gb, config.ram_pool_bytes)
+    require_this_machine(config)
     model, extra = arguments.model, tuple(arguments.vllm_arguments)
     if model is None:
         model, extra = _make_tiny_model(folder / "tiny"), TINY_ARGUMENTS + extra
     elif Path(model).exists():  # else it is a name; each vLLM runs in a folder of its own
         model = Path(model).absolute()
+    elif model.startswith((".", "/", "~")):
+        raise ConfigError(f"--model {model}: there is no such folder")
     return Plan(
         name=arguments.model or TINY_MODEL,
         model=str(model),

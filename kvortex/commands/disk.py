@@ -60,11 +60,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _clear(arguments: argparse.Namespace) -> int:
-    from kvortex.disk.tool import clear, count_caches, inspect
+    from kvortex.disk.tool import clear, count_caches, inspect, require_idle
 
     path: Path = arguments.path
     removed = count_caches(path)
     if removed:  # else nothing is touched: the folder may not be ours
+        require_idle(path)
         blocks = sum(info.used for info in inspect(path))
         if not arguments.yes and not _confirms(f"remove {blocks} blocks in {path}?"):
             print("kvortex: nothing was removed", file=sys.stderr)

@@ -15,9 +15,16 @@ def require_plot(path: Path) -> None:
     """Ask that `path` can be written by matplotlib.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the folder is not there.
+        ConfigError: matplotlib is not installed, the folder is not there, or the name is none.
     """
     if find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--plot {path}: there is no folder {path.absolute().parent}")
+    if path.is_dir():
+        raise ConfigError(f"--plot {path}: it is a folder; name a file, like hits.png")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in {"", *kinds}:  # without one, matplotlib adds .png
+        raise ConfigError(f"--plot {path}: use a name that ends with .png, .svg or .pdf")

@@ -32,7 +32,7 @@ class RequestParams:
         """Read them, or None; what makes no sense is ignored, and logged."""
         told = params if isinstance(params, dict) else {}
         if params is not told and params is not None:
-            logger.warning("kv_transfer_params=%s is ignored: it must be an object", shown(params))
+            _tell(f"kv_transfer_params={shown(params)} is ignored: it must be an object")
         asked: dict[str, Any] = {}
         for name in KNOWN:
             value = told.get(name)
@@ -40,16 +40,15 @@ class RequestParams:
                 asked[name] = value
             elif value is not None:
                 must = "true or false" if name == "explain" else "a number of tokens"
-                logger.warning("%s=%s is ignored: it must be %s", name, shown(value), must)
-        _tell_unknown(set(told) - set(KNOWN))
+                _tell(f"{name}={shown(value)} is ignored: it must be {must}")
+        for name in sorted(map(str, set(told) - set(KNOWN))):
+            known = ", ".join(KNOWN)
+            _tell(f"kv_transfer_params: {name!r:.40} is ignored; KVortex knows {known}")
         return cls(**asked)
 
 
-def _tell_unknown(names: set[str]) -> None:
-    """Once for each name, and of so many only: they come from clients."""
-    for name in sorted(map(str, names)):
-        if name not in _told and len(_told) < MOST_TOLD:
-            _told.add(name)
-            logger.warning(
-                "kv_transfer_params: %.40r is ignored; KVortex knows %s", name, ", ".join(KNOWN)
-            )
+def _tell(line: str) -> None:
+    """Once, and of so many only: clients may send anything, with every request."""
+    if line not in _told and len(_told) < MOST_TOLD:
+        _told.add(line)
+        logger.warning("%s", line)

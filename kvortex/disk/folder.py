@@ -104,7 +104,7 @@ class RankFolder:
                 holder = _text(self.fd, LOCK, 32).strip() or "unknown"
                 raise ConfigError(
                     f"another server (process {holder}) keeps its cache of the same model there; "
-                    "give each server a disk_path of its own"
+                    "give each server a disk_path of its own, or end what a killed one left behind"
                 ) from None
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)

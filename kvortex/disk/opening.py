@@ -164,5 +164,6 @@ def _cannot_use(disk_path: Path, error: Exception, size: int) -> str:
             f"{told}{free:.2f} GiB are free there, and a rank's share of disk_pool_gb is "
             f"{size / GIB:.2f} GiB; lower disk_pool_gb"
         )
-    reason = error.strerror if isinstance(error, OSError) else error
-    return f"{told}{reason}"
+    if isinstance(error, OSError):
+        return f"{told}{error.strerror}; name a folder of a local drive that you may write to"
+    return f"{told}{error}"

@@ -100,7 +100,7 @@ def verify(path: Path, progress: Callable[[int, int], None]) -> Verified:
     Raises:
         ConfigError: it cannot be read, or is in use.
     """
-    _require_idle(path)
+    require_idle(path)
     total, verified = sum(info.used for info in inspect(path)), Verified()
     for namespace, rank, folder in _folders(path):
         for good in _checks(folder, namespace, rank):
@@ -117,7 +117,7 @@ def clear(path: Path) -> int:
         ConfigError: one is in use; then nothing was removed.
         KVortexError: not all could be removed.
     """
-    _require_idle(path)
+    require_idle(path)
     with _opened(path) as root, held(root, ROOT_LOCK):
         removed = remove_idle(root)
         if left := namespaces(root):
@@ -185,7 +185,8 @@ def _opened(path: Path) -> Iterator[int]:
         raise ConfigError(f"{path}: {error.strerror}") from None
 
 
-def _require_idle(path: Path) -> None:
+def require_idle(path: Path) -> None:
+    """Raises ConfigError where a server uses a cache that is there."""
     for info in inspect(path):
         if info.in_use:
             raise ConfigError(

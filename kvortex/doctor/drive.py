@@ -36,9 +36,9 @@ def check_drive(path: Path | None) -> Finding:
     """How fast blocks would come from there and go there."""
     if path is None:
         return Finding("disk", Verdict.UNSEEN, "not looked at; --disk-path PATH does")
-    if not path.is_dir():
-        return Finding("disk", Verdict.FAIL, f"{path} is no folder", f"mkdir -p {path}")
     try:
+        if not path.exists():
+            return Finding("disk", Verdict.FAIL, f"{path} is no folder", f"mkdir -p {path}")
         return _measured(path)
     except OSError as error:
         advice = "name a folder of a local drive that you may write to"
