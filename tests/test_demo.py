@@ -92,7 +92,14 @@ def children(pid: int) -> list[int]:
 def test_demo_restores_and_outputs_are_equal() -> None:
     """As the README starts it, but for the setting up of .venv."""
     pytest.importorskip("vllm")
-    make = ["make", "-o", ".venv/ready", f"BIN={Path(sys.executable).parent}", "demo"]
+    make = [
+        "make",
+        "--no-print-directory",
+        "-o",
+        ".venv/ready",
+        f"BIN={Path(sys.executable).parent}",
+        "demo",
+    ]
     shown = subprocess.run(
         [*make, "ARGS=--json"],
         cwd=Path(__file__).parent.parent,

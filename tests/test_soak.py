@@ -31,6 +31,8 @@ from kvortex.disk import DiskStore
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
+PATIENCE_S = 300
+"""A slow machine may need that much longer for everything to happen once."""
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
 CONVERSATIONS, TURNS = 8, 3
 OUTPUT_TOKENS = 8
@@ -60,6 +62,12 @@ class Soak:
             self.seen[f"failed {direction.value}"] += 1
             raise TransferError("made to fail")
         return self.whole_copy(direction, *where)
+
+    @property
+    def unseen(self) -> list[str]:
+        """What has not happened yet and should."""
+        wanted = ("answered", "aborted", "reset", "failed load", "failed store")
+        return [what for what in wanted if not self.seen[what]]
 
     def ask(self) -> None:
         from vllm import SamplingParams
@@ -176,6 +184,9 @@ def test_soak(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         soak.run(SECONDS / 2)
         before, held_before = resident_bytes(), held()
         soak.run(SECONDS / 2)
+        slow = time.monotonic() + PATIENCE_S
+        while soak.unseen and time.monotonic() < slow:
+            soak.run(1)
         soak.copies_fail, faults.error = set(), None
         soak.rest()
         assert resident_bytes() - before < GROWTH_BYTES
@@ -186,7 +197,6 @@ def test_soak(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert side.offload.tier.index.reserved == side.offload.overflow.disk.index.reserved == 0
         side.offload.tier.index.check()
         side.offload.overflow.disk.index.check()
-        for what in ("answered", "aborted", "reset", "failed load", "failed store"):
-            assert soak.seen[what] > 0
+        assert soak.unseen == []
         for what in ("loaded_blocks", "disk_read_blocks", "disk_written_blocks", "evicted_blocks"):
             assert counted[what] > 0
