@@ -204,6 +204,10 @@ def slots_in_pool(config: KVortexConfig, slot_bytes: int, num_ranks: int = 1) ->
 def _one_line(error: ValidationError) -> str:
     """The first problem as `key=value: reason`, and what would do."""
     problem = error.errors()[0]
+    if problem["type"] == "string_unicode" and not problem["loc"]:  # of a key, which it leaves out
+        return "a setting's name is no text; the settings are " + ", ".join(
+            KVortexConfig.model_fields
+        )
     if not problem["loc"]:  # settings that do not go together; the message is our own
         return str(problem["ctx"]["error"])
     key, value = ".".join(str(part) for part in problem["loc"]), problem["input"]

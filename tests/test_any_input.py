@@ -58,6 +58,7 @@ def said(arguments: list[str], capsys: Capture) -> str | None:
 
 
 @given(extra=spoiled(SETTINGS) | spoiled(SETTINGS | FOREIGN) | st.dictionaries(WORDS, VALUES))
+@example(extra={"\ud800": None})
 def test_the_connectors_settings(extra: dict[str, Any]) -> None:
     with perhaps_refused():
         config = KVortexConfig.from_extra_config(json.loads(packed(extra)))
@@ -257,7 +258,7 @@ def test_kvortex_plan(options: dict[str, str], tmp_path: Path, capsys: Capture) 
     try:
         shown = said(["plan", str(tmp_path), "--json", *given], capsys)
     except SystemExit:
-        assert "kvortex plan: error: argument --" in capsys.readouterr().err
+        assert "kvortex plan: argument --" in capsys.readouterr().err
     else:
         assert shown is None or json.loads(shown)["host_tokens"] >= 0
 
