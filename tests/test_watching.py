@@ -43,7 +43,15 @@ LEFT_OUT = {"disk_survivors_total", "disk_invalid_records_total", "disk_removed_
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's, which it makes itself."""
+    return tmp_path_factory.mktemp("disk") / "of-the-server"
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_model: str, disk: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     """Prompts came twice, the second time from host and disk."""
     draw = random.Random(0)
     prompts = [[draw.randrange(4, 260) for _ in range(length)] for length in LENGTHS]
@@ -51,7 +59,7 @@ def server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         ram_pool_gb=0.016,
         admission="always",
         load="always",
-        disk_path=str(tmp_path_factory.mktemp("disk") / "of-the-server"),
+        disk_path=str(disk),
         disk_pool_gb=0.25,
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -195,10 +203,10 @@ def test_a_client_is_told_why(server: Server) -> None:
 
 
 def test_a_drive_that_fails_is_seen_to_be_off(
-    server: Server, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+    server: Server, disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The last test of this server: somebody cuts off what is in its file."""
-    (slots,) = tmp_path_factory.getbasetemp().glob("disk*/of-the-server/*/rank-0/slots")
+    (slots,) = disk.glob("*/rank-0/slots")
     draw = random.Random(0)
     prompts = [[draw.randrange(4, 260) for _ in range(length)] for length in LENGTHS]
     right = [server.complete(prompt, 2).token_ids for prompt in prompts]
