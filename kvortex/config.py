@@ -205,9 +205,7 @@ def _one_line(error: ValidationError) -> str:
     """The first problem as `key=value: reason`, and what would do."""
     problem = error.errors()[0]
     if problem["type"] == "string_unicode" and not problem["loc"]:  # of a key, which it leaves out
-        return "a setting's name is no text; the settings are " + ", ".join(
-            KVortexConfig.model_fields
-        )
+        return f"a setting's name is no text: {_all_settings()}"
     if not problem["loc"]:  # settings that do not go together; the message is our own
         return str(problem["ctx"]["error"])
     key, value = ".".join(str(part) for part in problem["loc"]), problem["input"]
@@ -230,8 +228,12 @@ def _what_instead(key: str, value: object) -> str:
     """Of a setting that KVortex does not know."""
     hint = FROM_ELSEWHERE.get(key.removeprefix("lmcache."))
     if hint is None:
-        return "the settings are " + ", ".join(KVortexConfig.model_fields)
+        return _all_settings()
     gib = "<GiB>"
     if isinstance(value, int | float) and 0 < value <= LARGEST_POOL_GB * GIB:
         gib = f"{value / GIB:.6g}"
     return hint.format(value=shown(value), gib=gib)
+
+
+def _all_settings() -> str:
+    return "the settings are " + ", ".join(KVortexConfig.model_fields)
