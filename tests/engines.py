@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kvortex import KVortexConfig
+from kvortex.core import Direction, TransferError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from kvortex.core import BlockIds
 
 BLOCK = 32
 
@@ -64,6 +67,27 @@ def worker_of_this_process() -> Any:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     return get_kv_transfer_group()._worker.worker
+
+
+def fail_copies(
+    monkeypatch: Any, broken: Direction, when: Callable[[BlockIds, BlockIds], bool]
+) -> None:
+    """Have copies of one direction fail, whole or layer by layer, if `when(block_ids, slots)`."""
+    engine = worker_of_this_process()._copy_engine
+    copy, load_layers = engine.copy, engine.load_layers
+
+    def maybe(direction: Direction, *where: Any) -> Any:
+        if direction is broken and when(*where[:2]):
+            raise TransferError("made to fail")
+        return copy(direction, *where)
+
+    def maybe_layers(*where: Any) -> Any:
+        if broken is Direction.LOAD and when(*where[:2]):
+            raise TransferError("made to fail")
+        return load_layers(*where)
+
+    monkeypatch.setattr(engine, "copy", maybe)
+    monkeypatch.setattr(engine, "load_layers", maybe_layers)
 
 
 def counters(llm: Any) -> dict[str, float]:

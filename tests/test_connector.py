@@ -13,6 +13,7 @@ from engines import (
     answers,
     connector,
     counters,
+    fail_copies,
     prompts,
     reset_gpu,
     running,
@@ -21,7 +22,7 @@ from engines import (
 )
 
 from kvortex import KVortexConfig
-from kvortex.core import ConfigError, Direction, TransferError
+from kvortex.core import ConfigError, Direction
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -153,17 +154,14 @@ def test_a_failing_copy_costs_time_only(
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     with running(tiny_model, 0.5, async_scheduling=False) as llm:
         asked = prompts(LENGTHS)
-        engine = worker_of_this_process()._copy_engine
-        whole, calls = engine.copy, 0
+        calls = 0
 
-        def sometimes(direction: Direction, *where: Any) -> Any:
+        def every_second(*_: Any) -> bool:
             nonlocal calls
-            calls += direction is broken
-            if direction is broken and calls % 2:
-                raise TransferError("made to fail")
-            return whole(direction, *where)
+            calls += 1
+            return calls % 2 == 1
 
-        monkeypatch.setattr(engine, "copy", sometimes)
+        fail_copies(monkeypatch, broken, every_second)
         for _ in range(4):
             assert answers(llm, asked)[0] == expected
             reset_gpu(llm)
@@ -419,17 +417,10 @@ def test_a_load_apart_that_fails_is_computed_again(
     asked = prompts(LENGTHS)
     with running(tiny_model, 0.5) as llm:
         answers(llm, asked)
-        side, engine = connector(llm)._scheduler, worker_of_this_process()._copy_engine
+        side = connector(llm)._scheduler
         monkeypatch.setattr(type(side.costs), "pauses", lambda *_: True)
         side._loads.running = 1
-        copy = engine.copy
-
-        def failing(direction: Direction, ids: Any, slots: Any) -> Any:
-            if direction is Direction.LOAD and len(ids) % 2:
-                raise TransferError("injected")
-            return copy(direction, ids, slots)
-
-        monkeypatch.setattr(engine, "copy", failing)
+        fail_copies(monkeypatch, Direction.LOAD, lambda ids, *_: len(ids) % 2 == 1)
         reset_gpu(llm)
         assert answers(llm, asked)[0] == expected
         counted = counters(llm)
@@ -486,8 +477,9 @@ def test_a_trace_is_recorded_and_can_be_replayed(tiny_model: str, tmp_path: Path
         answers(llm, asked, tokens=1)
         connector(llm).shutdown()
     trace = read_trace(path)
-    assert [request.tokens for request in trace.requests] == [1000, 333] * 2
+    whole = [request for request in trace.requests if request.tokens >= BLOCK]  # see `reset_gpu`
+    assert [request.tokens for request in whole] == [1000, 333] * 2
     assert trace.distinct_blocks() == 1000 // BLOCK + 333 // BLOCK
-    served = [request.hits for request in trace.requests]
+    served = [request.hits for request in whole]
     assert served[2:] == [{"gpu": 0, "host": 31}, {"gpu": 0, "host": 10}]
     assert replay(trace, "lru", 100, "always").block_hit_rate == 0.5

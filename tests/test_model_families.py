@@ -11,13 +11,14 @@ from engines import (
     answers,
     connector,
     counters,
+    fail_copies,
     prompts,
     reset_gpu,
     running,
     worker_of_this_process,
 )
 
-from kvortex.core import Direction, TransferError
+from kvortex.core import Direction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +45,7 @@ def twice(llm: Any, *, reset: bool) -> tuple[list[list[int]], list[int]]:
     ("make", "settings"),
     [
         pytest.param(models.window_hybrid, {}, id="window hybrid"),
-        pytest.param(models.mla, {}, id="MLA", marks=[pytest.mark.gpu, NO_CUDA]),
+        pytest.param(models.mla, {"dtype": "bfloat16"}, id="MLA", marks=[pytest.mark.gpu, NO_CUDA]),
         pytest.param(models.llama, {"kv_cache_dtype": "fp8"}, id="fp8", marks=models.NO_FP8),
     ],
 )
@@ -101,15 +102,7 @@ def test_a_failed_load_of_several_groups_is_computed_again(
     model, expected = hybrid
     with running(model, 0.5, skip_tokenizer_init=True) as llm:
         answers(llm, prompts(LENGTHS))
-        engine = worker_of_this_process()._copy_engine
-        copy = engine.copy
-
-        def failing(direction: Direction, *args: Any) -> Any:
-            if direction is Direction.LOAD:
-                raise TransferError("injected")
-            return copy(direction, *args)
-
-        monkeypatch.setattr(engine, "copy", failing)
+        fail_copies(monkeypatch, Direction.LOAD, lambda *_: True)
         reset_gpu(llm)
         assert answers(llm, prompts(LENGTHS))[0] == expected
         assert counters(llm)["failed_loads"] > 0
