@@ -30,9 +30,10 @@ import torch
 from results import append
 from xxhash import xxh3_64_intdigest
 
+from kvortex.checksum import num_pieces
 from kvortex.disk import DiskOptions, DiskStore, Namespace
 from kvortex.disk.file import DiskFile
-from kvortex.disk.format import Record, RecordFormat, num_pieces
+from kvortex.disk.format import Record, RecordFormat
 from kvortex.host_pool import HostPool
 
 if TYPE_CHECKING:

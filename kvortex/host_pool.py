@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 256 << 20
+CHECKSUM_BYTES = 8
 ENOUGH_ON_NODE = 0.99
 
 
@@ -38,6 +39,8 @@ class HostPool:
     prepares the others; where it finds no more memory, the pool stays as large as it is then.
 
     A piece is `piece_slots` slots; no copy by DMA may reach from one into the next.
+
+    `checksums` is an int64 tensor with a number for each slot, ready and pinned from the start.
 
     Args:
         num_slots: to begin with.
@@ -61,6 +64,8 @@ class HostPool:
             raise PoolAllocationError(_cannot("allocate", self._size, error)) from error
         self.address = self._memory.address
         self.bytes = self._memory.bytes.view(num_slots, slot_bytes)
+        self._beside = HostMemory(num_slots * CHECKSUM_BYTES)
+        self.checksums = self._beside.bytes.view(torch.int64)
         self.piece_slots = slots_of_a_piece(slot_bytes)
         self._node = node
         if node is not None and not prefer_node(self.address, self._size, node):
@@ -70,6 +75,7 @@ class HostPool:
         if pinned:
             if not huge_pages_allowed():
                 logger.info("Transparent huge pages are off; with them memory is pinned sooner.")
+            self._pin_checksums()
             piece_bytes = self.piece_slots * slot_bytes
             self._preparation = Preparation(self._memory, piece_bytes, self._tell_end)
             self._require(min(piece_bytes, self._size))
@@ -98,7 +104,7 @@ class HostPool:
     @property
     def pinned_bytes(self) -> int:
         """How many bytes are pinned now."""
-        return self._memory.pinned_bytes
+        return self._memory.pinned_bytes + self._beside.pinned_bytes
 
     def close(self) -> None:
         """Stop preparing, unpin, and give the memory back with the last view of it.
@@ -108,7 +114,9 @@ class HostPool:
         if self._preparation is not None:
             self._preparation.stop()
         self.bytes = torch.empty((0, self.slot_bytes), dtype=torch.uint8)
+        self.checksums = torch.empty(0, dtype=torch.int64)
         self._memory.close()
+        self._beside.close()
 
     def _require(self, nbytes: int) -> None:
         """Wait until so many bytes are ready; close the pool if they never will be."""
@@ -116,6 +124,14 @@ class HostPool:
         if preparation is not None and not preparation.wait(nbytes):
             self.close()
             raise PoolAllocationError(_cannot("pin", self._size, preparation.error))
+
+    def _pin_checksums(self) -> None:
+        """A few bytes beside each slot; without them nothing could be verified."""
+        try:
+            self._beside.pin(0, self._beside.size)
+        except PoolAllocationError as error:
+            self.close()
+            raise PoolAllocationError(_cannot("pin", self._size, error)) from error
 
     def _tell_end(self, preparation: Preparation) -> None:
         """All is prepared that ever will be. On the thread that did it."""

@@ -23,12 +23,14 @@ class Page:
     """One layer's share of every block, as bytes.
 
     `view` is a uint8 view of the layer's memory, shape (num_blocks, *runs, run_bytes); the last
-    dimension is contiguous. `slot_offset` is where the page starts in a slot, packed.
+    dimension is contiguous. `slot_offset` is where the page starts in a slot, packed. `form` is
+    what its bytes mean: type, shape of a block, and in which order its dimensions lie in memory.
     """
 
     name: str
     view: torch.Tensor
     slot_offset: int
+    form: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -62,6 +64,11 @@ class Layout:
     def device(self) -> torch.device:
         """Where the KV tensors are."""
         return self.pages[0].view.device
+
+    def fingerprint(self) -> bytes:
+        """Names what the bytes of a slot mean; equal on two machines whatever else differs."""
+        told = [(page.name, page.slot_offset, page.form) for page in self.pages]
+        return repr((self.slot_bytes, told)).encode()
 
     def run_table(self) -> torch.Tensor:
         """int64 tensor (runs, 4) on the CPU: the rows of `Page.runs` over all pages."""
@@ -109,7 +116,7 @@ def make_layout(
         identity = (view.data_ptr(), view.shape, view.stride())
         if identity not in numbers:  # layers may share one KV cache
             numbers[identity] = len(pages)
-            pages.append(Page(name, view, end))
+            pages.append(Page(name, view, end, _form(tensor, blocks)))
             end += -(-pages[-1].nbytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
         pages_of[layer] = (*pages_of.get(layer, ()), numbers[identity])
     _require_one_device(pages)
@@ -157,6 +164,20 @@ def _byte_view(name: str, tensor: torch.Tensor, num_blocks: int) -> torch.Tensor
     storage = tensor.untyped_storage()
     view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return view.set_(storage, tensor.storage_offset() * item, shape, strides)
+
+
+def _form(tensor: torch.Tensor, num_blocks: int) -> str:
+    """Strides themselves depend on how many blocks there are."""
+    order = sorted(range(1, tensor.dim()), key=tensor.stride().__getitem__)
+    return f"{tensor.dtype} {tensor.shape[0] // num_blocks} {tuple(tensor.shape[1:])} {order}"
+
+
+def common_word(runs: torch.Tensor, slot_bytes: int) -> int:
+    """The largest of 8, 4, 2, 1 that divides every number in a run table and the slot size."""
+    bits = slot_bytes | 8
+    for number in runs.flatten().tolist():
+        bits |= number
+    return bits & -bits
 
 
 def _require_disjoint(shown: str, dims: list[tuple[int, int]], run_bytes: int) -> None:

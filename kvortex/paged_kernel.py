@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvortex.core import Direction
 from kvortex.cuda_driver import LaunchConfiguration, cuda_driver
+from kvortex.layout import common_word
 from kvortex.triton_kernels.paged_copy import Tiling, paged_copy
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ SIZES = [8] * 6 + [4] * 5
 
 def tiling_of(runs: torch.Tensor, slot_bytes: int) -> Tiling:
     """Cut a layout, given by its run table (see `Layout.run_table`), into tiles of equal size."""
-    word = _common_word(runs, slot_bytes)
+    word = common_word(runs, slot_bytes)
     longest = max(1, int(runs[:, 3].max()) // word)
     tile_words = TILE_BYTES // 8
     chunk_words = min(tile_words, 1 << (longest - 1).bit_length())
@@ -40,14 +41,6 @@ def tiling_of(runs: torch.Tensor, slot_bytes: int) -> Tiling:
         rows=rows,
         num_warps=min(16, max(1, threads // 32)),
     )
-
-
-def _common_word(runs: torch.Tensor, slot_bytes: int) -> int:
-    """The largest of 8, 4, 2, 1 that divides every number in the table and the slot size."""
-    bits = slot_bytes | 8
-    for number in runs.flatten().tolist():
-        bits |= number
-    return bits & -bits
 
 
 class PagedKernel:

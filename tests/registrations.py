@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 class Registrations:
     """Ranges that are registered now, address to bytes.
 
-    From number `hold_at` on a registration waits for `go`, and number `refuse_at` is refused.
+    From number `hold_at` on a registration waits for `go`, and number `refuse_at` is refused. The
+    pieces of a pool are counted from 0; before them come its checksums.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now: dict[int, int] = {}
-        self.count = 0
+        self.count = -1
         self.hold_at: int | None = None
         self.refuse_at: int | None = None
         self.held = threading.Event()

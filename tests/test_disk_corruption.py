@@ -14,7 +14,8 @@ import pytest
 from disks import NAMESPACE, SECTOR, block_bytes
 from xxhash import xxh3_64_intdigest
 
-from kvortex.disk.format import NO_RECORD, RECORD_BYTES, Record, RecordFormat, num_pieces
+from kvortex.checksum import num_pieces
+from kvortex.disk.format import NO_RECORD, RECORD_BYTES, Record, RecordFormat
 from kvortex.disk.job import BlockRead, DiskJob
 from kvortex.disk.moves import Moves
 from kvortex.disk.slots import SlotFiles, Status

@@ -89,15 +89,16 @@ def test_the_first_piece_is_ready_while_the_others_are_made(pins: Registrations)
         assert pool.num_slots == 5 * PIECE - 3
         assert pins.held.wait(60)
         assert pool.num_ready_slots == 2 * PIECE
-        assert pool.pinned_bytes == 2 * PIECE * SLOT
+        assert pool.pinned_bytes == 2 * PIECE * SLOT + pool.checksums.nbytes
         pool.bytes[: pool.num_ready_slots].fill_(7)
         pins.go.set()
         pool.wait_until_ready()
         assert pool.num_ready_slots == pool.num_slots == 5 * PIECE - 3
-        assert pool.pinned_bytes == pool.bytes.numel()
+        assert pool.pinned_bytes == pool.bytes.numel() + pool.checksums.nbytes
         assert pool.bytes[: 2 * PIECE].eq(7).all()
         starts = [pool.address + i * PIECE * SLOT for i in range(5)]
-        assert pins.now == dict(zip(starts, [PIECE * SLOT] * 4 + [13 * SLOT], strict=True))
+        pieces = dict(zip(starts, [PIECE * SLOT] * 4 + [13 * SLOT], strict=True))
+        assert pins.now == {pool.checksums.data_ptr(): pool.checksums.nbytes, **pieces}
     assert pins.now == {}
     assert of_pool() == []
 
@@ -127,7 +128,7 @@ def test_a_pool_stays_at_what_could_be_prepared(
     with HostPool(64 * PIECE, SLOT, pinned=True) as pool:
         let_it_end(pool)
         assert pool.num_slots == pool.num_ready_slots == 3 * PIECE
-        assert pool.pinned_bytes == 3 * PIECE * SLOT
+        assert pool.pinned_bytes == 3 * PIECE * SLOT + pool.checksums.nbytes
         assert resident_bytes() - before < 4 * PIECE * SLOT
     (record,) = [one for one in caplog.records if one.levelno >= logging.WARNING]
     assert record.levelno == logging.WARNING

@@ -24,14 +24,10 @@ if TYPE_CHECKING:
 
     from kvortex.core import BlockIds, BlockKey
 
-    Digests = npt.NDArray[np.uint64]
-
 FORMAT = "kvortex-disk-1"
 MAGIC = b"KVXSLOT1"
 PAGE = 4096
 """What O_DIRECT wants memory, offsets and lengths to be multiples of, on every drive we know."""
-PIECE_BYTES = 512 << 10
-"""Of a block have a checksum each, so that several threads may read one block."""
 RECORD_BYTES = 128
 NO_RECORD = bytes(RECORD_BYTES)
 
@@ -77,7 +73,7 @@ class Record:
     key: BlockKey
     generation: int
     checksum: int
-    """Of the bytes: see `combine`."""
+    """Of the bytes: see `kvortex.checksum`."""
     written_at: int
     """Seconds since 1970."""
 
@@ -176,20 +172,3 @@ def _raw_keys(rows: npt.NDArray[np.void]) -> list[bytes]:
 def stride(slot_bytes: int) -> int:
     """Bytes from one slot's start in the file to the next one's."""
     return -(-slot_bytes // PAGE) * PAGE
-
-
-def num_pieces(slot_bytes: int) -> int:
-    """How many pieces of a block have a checksum of their own."""
-    return -(-slot_bytes // PIECE_BYTES)
-
-
-def digest_pieces(block: memoryview, digests: Digests, first: int, end: int) -> None:
-    """Put the checksums of pieces `first` to `end` of a block in their places; frees the GIL."""
-    for piece in range(first, end):
-        part = block[piece * PIECE_BYTES : (piece + 1) * PIECE_BYTES]
-        digests[piece] = xxh3_64_intdigest(part)
-
-
-def combine(digests: Digests) -> int:
-    """The checksum of a block, from those of all of its pieces."""
-    return xxh3_64_intdigest(digests.tobytes())

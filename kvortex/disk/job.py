@@ -11,8 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from kvortex.checksum import Digests
     from kvortex.core import BlockKey
-    from kvortex.disk.format import Digests
     from kvortex.disk.slots import Status
 
 

@@ -9,7 +9,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from kvortex.disk.format import combine
+from kvortex.checksum import combine
 from kvortex.disk.slots import Status
 
 if TYPE_CHECKING:

@@ -18,18 +18,15 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from kvortex.checksum import PIECE_BYTES, checksum_of, digest_pieces
 from kvortex.disk.file import DiskFile
 from kvortex.disk.folder import RECORDS, SLOTS
 from kvortex.disk.format import (
     NO_RECORD,
     PAGE,
-    PIECE_BYTES,
     RECORD_BYTES,
     Record,
     RecordFormat,
-    combine,
-    digest_pieces,
-    num_pieces,
     peek,
     stride,
 )
@@ -38,8 +35,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from kvortex.checksum import Digests
     from kvortex.core import BlockIds, BlockKey
-    from kvortex.disk.format import Digests, Survivors
+    from kvortex.disk.format import Survivors
 
     OpenFile = Callable[..., DiskFile]
 
@@ -157,10 +155,9 @@ class SlotFiles:
         """
         files = self._current()
         self.erase(slot)
-        digests = np.zeros(num_pieces(len(block)), np.uint64)
-        digest_pieces(block, digests, 0, len(digests))
+        checksum = checksum_of(block)
         files.slots.write(self._padded(block, files), slot * self.stride)
-        record = Record(key, generation, combine(digests), int(time.time()))
+        record = Record(key, generation, checksum, int(time.time()))
         packed = self._format.pack(slot, record)
         files.records.write(packed, slot * RECORD_BYTES)
         self._table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = packed

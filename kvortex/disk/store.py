@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from kvortex.bell import Bell
+from kvortex.checksum import num_pieces
 from kvortex.disk.breaker import Breaker
 from kvortex.disk.file import DiskFile
-from kvortex.disk.format import num_pieces
 from kvortex.disk.job import BlockRead, DiskJob
 from kvortex.disk.lane import Lane
 from kvortex.disk.moves import ERASE, TRIAL, WIPE, WRITE_PATIENCE_S, Moves, microseconds

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from kvortex.checksum import checksum_of
 from kvortex.core import ConfigError, KVortexError, printable
 from kvortex.disk.folder import (
     RECORDS,
@@ -27,9 +26,6 @@ from kvortex.disk.folder import (
 from kvortex.disk.format import (
     RECORD_BYTES,
     RecordFormat,
-    combine,
-    digest_pieces,
-    num_pieces,
     peek,
     stride,
 )
@@ -222,13 +218,11 @@ def _checks(folder: int, namespace: str, rank: int) -> Iterator[bool]:
     slot_bytes = _slot_bytes(read_about(folder))
     packed = _read_records(folder)
     found = RecordFormat(bytes.fromhex(namespace), rank, slot_bytes).read_table(memoryview(packed))
-    digests = np.zeros(num_pieces(slot_bytes), np.uint64)
     for slot in sorted(found.slots.tolist()):
         block = memoryview(_read_block(folder, slot_bytes, slot * stride(slot_bytes)))
-        digest_pieces(block, digests, 0, len(digests))
         record = peek(packed, slot)
         whole = len(block) == slot_bytes
-        yield whole and record is not None and combine(digests) == record.checksum
+        yield whole and record is not None and checksum_of(block) == record.checksum
 
 
 def _read_block(folder: int, size: int, offset: int) -> bytes:
