@@ -23,7 +23,9 @@ class Block:
     """A key's hold on one slot. `order` grows with every reservation.
 
     `parent` is the key of the block before it in its request, if told; the links below it are
-    kept by PrefixTree.
+    kept by PrefixTree. `seed` is what the checksum of its bytes starts from; `since` when they
+    came, in seconds of the monotonic clock, and `from_disk` where from. A `quarantined` block's
+    slot is given to nobody after it.
     """
 
     key: BlockKey
@@ -32,6 +34,10 @@ class Block:
     state: State = State.RESERVED
     pins: int = 0
     parent: BlockKey | None = None
+    seed: int = 0
+    since: float = 0.0
+    from_disk: bool = False
+    quarantined: bool = False
     above: Block | None = None
     below: Block | None = None
     left: Block | None = None

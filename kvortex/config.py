@@ -82,6 +82,11 @@ class KVortexConfig(BaseModel):
     min_load_tokens: int = Field(
         default=0, ge=0, description="A shorter hit is computed, whatever `load` says."
     )
+    verify: Literal["always", "sampled", "off"] = Field(
+        default="always",
+        description="Which loads are compared with a checksum of what was stored: always all, "
+        "sampled one in 16, off none. What is not the same is computed again.",
+    )
     trace_path: str | None = Field(
         default=None,
         min_length=1,

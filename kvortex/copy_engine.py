@@ -9,11 +9,14 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from kvortex.checksum import checksum_of, signed
 from kvortex.core import Direction, TransferError
 from kvortex.speedometer import LEAST_BYTES, Speedometer
 from kvortex.triton_kernels.reference import paged_copy_reference
+from kvortex.verification import Turns, seeds_from
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from kvortex.core import BlockIds
     from kvortex.host_pool import HostPool
     from kvortex.layout import Layout
+    from kvortex.verification import Verification
 
 
 class Ticket(ABC):
@@ -35,17 +39,31 @@ class Ticket(ABC):
             TransferError: the copy failed.
         """
 
+    @property
+    def bad_block_ids(self) -> Sequence[int]:
+        """GPU blocks that were loaded and are not what was stored; known once it is `done`."""
+        return ()
+
     @abstractmethod
     def wait(self, timeout: float | None = None) -> bool:
         """Block the caller until `done`, at most `timeout` seconds; returns `done`."""
 
 
 class CopyEngine(ABC):
-    """Copies whole blocks of one layout. Ids and slots are trusted: callers check them."""
+    """Copies whole blocks of one layout. Ids and slots are trusted: callers check them.
 
-    def __init__(self, layout: Layout, pool: HostPool) -> None:
+    Args:
+        layout: of the KV tensors.
+        pool: of the slots.
+        verification: what is kept in the pool's checksums, and compared; None is nothing.
+    """
+
+    def __init__(
+        self, layout: Layout, pool: HostPool, verification: Verification | None = None
+    ) -> None:
         self.layout = layout
         self.pool = pool
+        self.verification = verification
         self._speedometers = {way: Speedometer() for way in Direction}
 
     def bytes_per_s(self, direction: Direction) -> float | None:
@@ -53,21 +71,33 @@ class CopyEngine(ABC):
         return self._speedometers[direction].bytes_per_s
 
     @abstractmethod
-    def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> Ticket:
+    def copy(
+        self,
+        direction: Direction,
+        block_ids: BlockIds,
+        slots: BlockIds,
+        seeds: BlockIds | None = None,
+    ) -> Ticket:
         """Start copying, after all work so far on the caller's current stream.
 
         Args:
             direction: STORE from the KV tensors to the slots, LOAD back.
             block_ids: int64 (n,).
             slots: int64 (n,).
+            seeds: int64 (n,), what the checksum of each block starts from (`checksum.seed_of`);
+                None is zeros.
 
         Raises:
             TransferError: nothing is under way, though some bytes may have been written.
         """
 
     @abstractmethod
-    def load_layers(self, block_ids: BlockIds, slots: BlockIds) -> Sequence[Ticket]:
+    def load_layers(
+        self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds | None = None
+    ) -> Sequence[Ticket]:
         """Start loading blocks in the order of the layout's pages; a ticket for each page.
+
+        Only the last of them tells of bad blocks.
 
         Raises:
             TransferError: nothing is under way, though some bytes may have been written.
@@ -85,6 +115,13 @@ class CopyEngine(ABC):
 class _Arrived(Ticket):
     done = True
 
+    def __init__(self, bad_block_ids: Sequence[int] = ()) -> None:
+        self._bad = bad_block_ids
+
+    @property
+    def bad_block_ids(self) -> Sequence[int]:
+        return self._bad
+
     def wait(self, timeout: float | None = None) -> bool:  # noqa: ARG002
         return True
 
@@ -92,7 +129,19 @@ class _Arrived(Ticket):
 class CpuCopyEngine(CopyEngine):
     """Copies at once with torch, for KV tensors in host memory."""
 
-    def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> Ticket:
+    def __init__(
+        self, layout: Layout, pool: HostPool, verification: Verification | None = None
+    ) -> None:
+        super().__init__(layout, pool, verification)
+        self._turns = Turns(verification)
+
+    def copy(
+        self,
+        direction: Direction,
+        block_ids: BlockIds,
+        slots: BlockIds,
+        seeds: BlockIds | None = None,
+    ) -> Ticket:
         pages = [(page.view, page.slot_offset) for page in self.layout.pages]
         ids, places = torch.from_numpy(block_ids), torch.from_numpy(slots)
         store = direction is Direction.STORE
@@ -106,10 +155,30 @@ class CpuCopyEngine(CopyEngine):
         nbytes = len(ids) * self.pool.slot_bytes
         if nbytes >= LEAST_BYTES:
             self._speedometers[direction].note(nbytes, time.perf_counter() - began)
+        if not self._turns.next(direction):
+            return _Arrived()
+        checksums = self._checksums(slots, seeds)
+        kept = self.pool.checksums.numpy()
+        if direction is Direction.LOAD:
+            return _Arrived(block_ids[kept[slots] != checksums].tolist())
+        kept[slots] = checksums
         return _Arrived()
 
-    def load_layers(self, block_ids: BlockIds, slots: BlockIds) -> Sequence[Ticket]:
-        return [self.copy(Direction.LOAD, block_ids, slots)] * len(self.layout.pages)
+    def _checksums(self, slots: BlockIds, seeds: BlockIds | None) -> BlockIds:
+        """Of what the slots hold."""
+        assert self.verification is not None
+        memory, size = memoryview(self.pool.bytes.numpy().data).cast("B"), self.pool.slot_bytes
+        starts = seeds_from(seeds, len(slots), self.verification)
+        sums = (
+            signed(checksum_of(memory[slot * size : (slot + 1) * size], seed))
+            for slot, seed in zip(slots.tolist(), starts.tolist(), strict=True)
+        )
+        return np.fromiter(sums, np.int64, len(slots))
+
+    def load_layers(
+        self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds | None = None
+    ) -> Sequence[Ticket]:
+        return [self.copy(Direction.LOAD, block_ids, slots, seeds)] * len(self.layout.pages)
 
     def fence(self, ticket: Ticket) -> None:
         """Nothing to do: copies are done when `copy` returns."""

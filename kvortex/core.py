@@ -92,6 +92,8 @@ class Job:
     slots: BlockIds
     request_id: str | None = None
     """Of a load for which no forward waits: its request runs once every rank has told its end."""
+    seeds: BlockIds | None = None
+    """int64, what the checksum of each block starts from; None is zeros."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,8 @@ class StepReport:
     """What workers finished since their last report.
 
     `finished` counts, per job, the ranks that are done with it; `failed` names the jobs that
-    failed on at least one of them. `num_slots` is the smallest number of slots in their pools; a
+    failed on at least one of them. `corrupt` has, per load, the positions of blocks that are not
+    what was stored, on any of them. `num_slots` is the smallest number of slots in their pools; a
     worker tells it in its first report, and again if it had to become smaller. The speeds, of the
     slowest link, are in every report once they are known: the slowest of those that happen to
     report would not be the slowest.
@@ -197,6 +200,7 @@ class StepReport:
     ready_slots: int | None = None
     """How many slots every rank has prepared, told in each report until a rank's pool is ready."""
     disk: DiskReport | None = None
+    corrupt: dict[int, frozenset[int]] = field(default_factory=dict)
 
     def merge(self, other: StepReport) -> StepReport:
         """The report of both ranks together."""
@@ -211,6 +215,7 @@ class StepReport:
             self.unwaited_layers + other.unwaited_layers,
             _least(self.ready_slots, other.ready_slots),
             self.disk.merge(other.disk) if self.disk and other.disk else self.disk or other.disk,
+            _united(self.corrupt, other.corrupt),
         )
 
     def __bool__(self) -> bool:

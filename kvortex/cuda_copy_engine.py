@@ -17,11 +17,12 @@ from kvortex.core import Direction, TransferError
 from kvortex.cuda_driver import cuda_driver
 from kvortex.cuda_stopwatch import CudaStopwatch
 from kvortex.cuda_ticket import CudaTicket, EventPool
-from kvortex.id_ring import IdRing
+from kvortex.id_ring import open_ring
 from kvortex.lane import Lane
 from kvortex.movers import open_movers
 from kvortex.paged_kernel import tiling_of
-from kvortex.triton_kernels.reference import paged_copy_reference
+from kvortex.triton_kernels.reference import checksums_reference, paged_copy_reference
+from kvortex.verification import seeds_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from kvortex.cuda_driver import Handle
     from kvortex.host_pool import HostPool
     from kvortex.layout import Layout
+    from kvortex.verification import Verification
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class CudaCopyEngine(CopyEngine):
         layout: of KV tensors on the GPU.
         pool: pinned.
         num_streams: of CUDA.
+        verification: see CopyEngine.
         warm_up: try every mover and measure the link; what the first slots hold is lost.
 
     Raises:
@@ -58,9 +61,15 @@ class CudaCopyEngine(CopyEngine):
     """
 
     def __init__(
-        self, layout: Layout, pool: HostPool, num_streams: int, *, warm_up: bool = True
+        self,
+        layout: Layout,
+        pool: HostPool,
+        num_streams: int,
+        verification: Verification | None = None,
+        *,
+        warm_up: bool = True,
     ) -> None:
-        super().__init__(layout, pool)
+        super().__init__(layout, pool, verification)
         if torch.version.hip is not None:
             raise TransferError("KVortex needs an NVIDIA GPU; this torch was built for ROCm")
         self._device = layout.device
@@ -90,20 +99,28 @@ class CudaCopyEngine(CopyEngine):
         self._last: dict[Direction, CudaTicket | None] = dict.fromkeys(Direction)
         logger.info("KVortex copies by %s", self._describe(calibration.origin))
 
-    def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> Ticket:
+    def copy(
+        self,
+        direction: Direction,
+        block_ids: BlockIds,
+        slots: BlockIds,
+        seeds: BlockIds | None = None,
+    ) -> Ticket:
         if self._is_elsewhere():
             with self._at_home():
-                return self.copy(direction, block_ids, slots)
+                return self.copy(direction, block_ids, slots, seeds)
         try:
-            ticket = self._submit(direction, block_ids, slots)
+            ticket = self._submit(direction, block_ids, slots, self._seeds(seeds, block_ids))
         except Exception as error:
             if direction is Direction.STORE:
                 raise TransferError(f"store could not be launched: {error}") from error
-            ticket = self._load_plainly(block_ids, slots, error)
+            ticket = self._load_plainly(block_ids, slots, seeds, error)
         self._last[direction] = ticket
         return ticket
 
-    def load_layers(self, block_ids: BlockIds, slots: BlockIds) -> list[CudaTicket]:
+    def load_layers(
+        self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds | None = None
+    ) -> list[CudaTicket]:
         """Neighbouring pages share a launch, and its ticket, until it carries LAUNCH_BYTES.
 
         More blocks than one launch takes are loaded whole: every page then has the same ticket.
@@ -112,11 +129,12 @@ class CudaCopyEngine(CopyEngine):
             try:
                 lane, parts = self._lanes[Direction.LOAD], self._parts(len(block_ids))
                 runs = [range(part[0].start, part[-1].stop) for part in parts]
-                tickets = lane.submit_runs(block_ids, slots, self._before(), runs)
+                starts = self._seeds(seeds, block_ids)
+                tickets = lane.submit_runs(block_ids, slots, starts, self._before(), runs)
                 of_pages = zip(parts, tickets, strict=True)
                 tickets = [ticket for part, ticket in of_pages for _ in part]
             except Exception as error:  # noqa: BLE001  (a load was promised, whatever it was)
-                plain = self._load_plainly(block_ids, slots, error)
+                plain = self._load_plainly(block_ids, slots, seeds, error)
                 tickets = [plain] * len(self.layout.pages)
         self._last[Direction.LOAD] = tickets[-1]
         return tickets
@@ -157,12 +175,17 @@ class CudaCopyEngine(CopyEngine):
         self._streams.clear()
         self._last.clear()
 
-    def _submit(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> CudaTicket:
+    def _seeds(self, seeds: BlockIds | None, block_ids: BlockIds) -> BlockIds:
+        return seeds_from(seeds, len(block_ids), self.verification)
+
+    def _submit(
+        self, direction: Direction, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds
+    ) -> CudaTicket:
         lane = self._lanes[direction]
         mover = self._mover(direction, len(block_ids) * self.pool.slot_bytes)
         if mover not in lane.movers:
             mover = ZERO_COPY
-        return lane.submit(mover, block_ids, slots, self._before())
+        return lane.submit(mover, block_ids, slots, seeds, self._before())
 
     def _mover(self, direction: Direction, nbytes: int) -> str:
         """The name of the fastest; only where it matters is the other direction looked at."""
@@ -172,7 +195,9 @@ class CudaCopyEngine(CopyEngine):
         other = self._last[Direction.LOAD if direction is Direction.STORE else Direction.STORE]
         return choice.mover(nbytes, busy=other is not None and not _is_over(other))
 
-    def _load_plainly(self, block_ids: BlockIds, slots: BlockIds, reason: Exception) -> CudaTicket:
+    def _load_plainly(
+        self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds | None, reason: Exception
+    ) -> CudaTicket:
         """Load without a mover, while the host waits: vLLM was promised these bytes.
 
         vLLM's second model runner never goes back to a failed block, whatever the scheduler says.
@@ -186,9 +211,27 @@ class CudaCopyEngine(CopyEngine):
         ids, places = torch.from_numpy(block_ids), torch.from_numpy(slots)
         try:
             paged_copy_reference(pages, ids, places, self.pool.bytes, store=False)
-            return CudaTicket(self._events, self._current_stream())
+            ticket = CudaTicket(self._events, self._current_stream())
+            ticket.add_bad(self._wrong(block_ids, slots, self._seeds(seeds, block_ids)))
+            return ticket
         except RuntimeError as error:
             raise TransferError(f"load of {len(ids)} blocks failed: {error}") from error
+
+    def _wrong(self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds) -> list[int]:
+        """Blocks whose slot does not hold what was stored, found slowly by the CPU."""
+        if self.verification is None or not self.verification.on:
+            return []
+        wrong = []
+        for block_id, slot, seed in zip(block_ids.tolist(), slots.tolist(), seeds, strict=True):
+            ours = checksums_reference(
+                self.pool.bytes[slot : slot + 1],
+                self.verification.stretches,
+                self.verification.word,
+                torch.tensor([seed]),
+            )
+            if ours.item() != self.pool.checksums[slot].item():
+                wrong.append(block_id)
+        return wrong
 
     def _before(self) -> Handle:
         """The event behind the current stream's work; for the next submission only."""
@@ -214,7 +257,8 @@ class CudaCopyEngine(CopyEngine):
             yield
 
     def _lane(self, direction: Direction) -> Lane:
-        choice, ids = self._choices[direction], IdRing(ID_ROWS)
+        choice = self._choices[direction]
+        ids = open_ring(ID_ROWS, self.pool, self._device, direction, self.verification)
         names = {ZERO_COPY, choice.small, choice.large}
         movers = open_movers(
             self.layout, self.pool, direction, names, choice.programs, ids, self._events
@@ -235,10 +279,11 @@ class CudaCopyEngine(CopyEngine):
             TransferError: it cannot.
         """
         first = np.zeros(1, np.int64)
+        seeds = self._seeds(None, first)
         for direction in (Direction.STORE, Direction.LOAD):
             lane = self._lanes[direction]
             for mover in lane.movers:
-                lane.submit(mover, first, first, self._before()).wait()
+                lane.submit(mover, first, first, seeds, self._before()).wait()
         self._probe()
 
     def _probe(self) -> None:
@@ -247,7 +292,7 @@ class CudaCopyEngine(CopyEngine):
         some = np.arange(min(most, self.pool.num_ready_slots, self.layout.num_blocks))
         for direction in (Direction.STORE, Direction.LOAD):  # so that blocks stay as they are
             began = time.perf_counter()
-            self._submit(direction, some, some).wait()
+            self._submit(direction, some, some, self._seeds(None, some)).wait()
             seconds = time.perf_counter() - began
             if self.bytes_per_s(direction) is None:  # too few for the stopwatch
                 self._speedometers[direction].note(len(some) * self.pool.slot_bytes, seconds)

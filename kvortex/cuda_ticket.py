@@ -9,7 +9,10 @@ from kvortex.copy_engine import Ticket
 from kvortex.cuda_driver import cuda_driver
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvortex.cuda_driver import Handle
+    from kvortex.id_ring import IdRing
 
 POLL_SECONDS = 50e-6
 
@@ -54,19 +57,42 @@ class CudaTicket(Ticket):
         self._driver = cuda_driver()
         self._events = events
         self._event: Handle | None = None
+        self._ids: IdRing | None = None
+        self._rows: Sequence[range] = ()
+        self._parts: Sequence[CudaTicket] = ()
+        self._bad: list[int] = []
         event = events.take()
         self._driver.record(event, stream)
         self._event = event
 
+    def judge(self, ids: IdRing, rows: Sequence[range], parts: Sequence[CudaTicket] = ()) -> None:
+        """Have `bad_block_ids` tell of these rows, and of what earlier tickets of a copy tell."""
+        self._ids, self._rows, self._parts = ids, rows, parts
+
+    def add_bad(self, block_ids: list[int]) -> None:
+        """Blocks that somebody else found to be wrong."""
+        self._bad = block_ids
+
     @property
     def done(self) -> bool:
-        if self._event is None or self._events.closed:
+        if self._event is None:
             return True
-        if not self._driver.reached(self._event):
-            return False
-        self._events.give(self._event)
+        if not self._events.closed:
+            if not self._driver.reached(self._event):
+                return False
+            self._events.give(self._event)
         self._event = None
+        if self._ids is not None:
+            self._bad = [block_id for rows in self._rows for block_id in self._ids.take_bad(rows)]
         return True
+
+    @property
+    def bad_block_ids(self) -> list[int]:
+        bad = list(self._bad)
+        for part in self._parts:  # on the same stream, before this one
+            if part.done:
+                bad += part.bad_block_ids
+        return bad
 
     def __del__(self) -> None:
         """Nobody looks any more: who waits for the event already does, so it may be used again."""

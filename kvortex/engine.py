@@ -22,6 +22,7 @@ from kvortex.layout import make_layout
 from kvortex.plugins import load_policy
 from kvortex.scheduler import OffloadScheduler
 from kvortex.tiers import HostTier
+from kvortex.verification import verification_of
 from kvortex.worker import open_worker
 
 if TYPE_CHECKING:
@@ -95,7 +96,12 @@ class KVortexEngine:
         require_free_memory(config.ram_pool_gb, num_slots * self._layout.slot_bytes)
         self._pool = open_pool(config, self._layout, num_slots)
         self._pool.wait_until_ready()
-        self._worker = open_worker(self._layout, self._pool, config.num_cuda_streams)
+        self._worker = open_worker(
+            self._layout,
+            self._pool,
+            config.num_cuda_streams,
+            verification_of(self._layout, config.verify),
+        )
         self._scheduler = OffloadScheduler(
             HostTier(num_slots, policy), slot_bytes=self._layout.slot_bytes
         )
@@ -150,6 +156,7 @@ class KVortexEngine:
             "free_slots": tier.index.free,
             "reserved_slots": tier.index.reserved,
             "resident_slots": tier.index.resident,
+            "quarantined_slots": tier.index.quarantined,
             "slot_bytes": self._layout.slot_bytes,
             **self._scheduler.counters.as_dict(),
         }

@@ -222,6 +222,8 @@ class Fetches:
         everything = set(range(len(read.in_host)))
         good, bad = parted(read.in_host, everything if read.discard else read.failed)
         self._host.abort(bad)
+        for block in good:
+            block.from_disk = True
         self._host.commit(good)
         self._disk.forget(read.on_disk[position] for position in read.lost)
         if not read.discard:

@@ -1,4 +1,4 @@
-"""IdRing: pinned memory in which kernels read their block ids and slots themselves."""
+"""IdRing: pinned memory in which kernels read their block ids, slots and seeds themselves."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from kvortex.core import BlockIds
+from kvortex.verdicts import Verdicts
 
-ROW_BYTES = 16
+if TYPE_CHECKING:
+    from kvortex.core import BlockIds, Direction
+    from kvortex.host_pool import HostPool
+    from kvortex.verification import Verification
+
+COLUMNS = 3
+ROW_BYTES = 8 * COLUMNS
 FEW = 8
 """Up to here single numbers are written faster than numpy is called."""
 MANY = 64
@@ -29,25 +34,29 @@ class Reader(Protocol):
 
 
 class IdRing:
-    """Rows of (block id, slot) as int64, written in turn and lent to kernels until they ended.
+    """Rows of block id, slot and seed as int64, written in turn and lent to kernels until they
+    ended. A submission allocates nothing. One thread.
 
-    A submission allocates nothing. One thread.
+    Args:
+        num_rows: of the ring.
+        verdicts: of as many rows; None if nothing is summed up.
     """
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, verdicts: Verdicts | None = None) -> None:
         self.num_rows = num_rows
+        self.verdicts = verdicts
         self.rows = torch.zeros(
-            (num_rows, 2), dtype=torch.int64, pin_memory=torch.cuda.is_available()
+            (num_rows, COLUMNS), dtype=torch.int64, pin_memory=torch.cuda.is_available()
         )
         self.address = self.rows.data_ptr()
         self._numbers = self.rows.numpy()
         self._cells = memoryview(self._numbers.data).cast("B").cast("q")
         self._next = 0
-        self._written: list[tuple[int, int]] = []
-        self._lent: deque[tuple[int, int, Reader]] = deque()
+        self._written: list[range] = []
+        self._lent: deque[tuple[range, Reader]] = deque()
 
-    def write(self, block_ids: BlockIds, slots: BlockIds) -> int:
-        """Write at most `num_rows` rows side by side; returns the address of the first.
+    def write(self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds) -> int:
+        """Write at most `num_rows` rows side by side; returns the number of the first.
 
         Waits for the copies that still read those rows, if any.
         """
@@ -56,30 +65,57 @@ class IdRing:
             self._wait_for_all_from(self._next)
             self._next = 0
         start, end = self._next, self._next + count
-        while self._lent and self._lent[0][0] < end and self._lent[0][1] > start:
-            self._lent.popleft()[2].wait()
+        while self._lent and self._lent[0][0].start < end and self._lent[0][0].stop > start:
+            self._lent.popleft()[1].wait()
         if count <= FEW:
-            for i in range(count):
-                self._cells[2 * (start + i)] = block_ids[i]
-                self._cells[2 * (start + i) + 1] = slots[i]
+            for i, cell in enumerate(range(start * COLUMNS, end * COLUMNS, COLUMNS)):
+                self._cells[cell] = block_ids[i]
+                self._cells[cell + 1] = slots[i]
+                self._cells[cell + 2] = seeds[i]
         else:
             self._numbers[start:end, 0] = block_ids
             self._numbers[start:end, 1] = slots
+            self._numbers[start:end, 2] = seeds
         self._next = end
         if count:
-            self._written.append((start, end))
-        return self.address + start * ROW_BYTES
+            self._written.append(range(start, end))
+        return start
 
-    def lend(self, reader: Reader) -> None:
-        """Leave the rows written since the last call to a copy."""
-        for start, end in self._written:
-            self._lent.append((start, end, reader))
-        self._written.clear()
+    def lend(self, reader: Reader) -> list[range]:
+        """Leave the rows written since the last call to a copy; returns which they are."""
+        written = self.take_back()
+        for rows in written:
+            self._lent.append((rows, reader))
         if len(self._lent) > MANY:
-            while self._lent and self._lent[0][2].done:
+            while self._lent and self._lent[0][1].done:
                 self._lent.popleft()
+        return written
+
+    def take_back(self) -> list[range]:
+        """The rows written since the last call, which nobody reads yet, or any more."""
+        written, self._written = self._written, []
+        return written
+
+    def take_bad(self, rows: range) -> list[int]:
+        """Block ids of lent rows whose bytes were found wrong since the last call."""
+        if self.verdicts is None:
+            return []
+        return self.verdicts.take(rows, self._numbers[rows.start : rows.stop, 0])
 
     def _wait_for_all_from(self, row: int) -> None:
         """Rows of the last lap that lie ahead: behind them in line are those that begin anew."""
-        while self._lent and self._lent[0][0] >= row:
-            self._lent.popleft()[2].wait()
+        while self._lent and self._lent[0][0].start >= row:
+            self._lent.popleft()[1].wait()
+
+
+def open_ring(
+    num_rows: int,
+    pool: HostPool,
+    device: torch.device,
+    direction: Direction,
+    verification: Verification | None,
+) -> IdRing:
+    """A ring for the copies of one lane, with verdicts unless nothing is verified."""
+    if verification is None or not verification.on:
+        return IdRing(num_rows)
+    return IdRing(num_rows, Verdicts(num_rows, pool, device, direction, verification))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from kvortex.block import Block, State
+from kvortex.checksum import seed_of
 from kvortex.prefix_tree import PrefixTree
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ class Index:
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.quarantined = 0
+        """Slots that nobody gets any more: their bytes changed."""
         self.on_change: Callable[[BlockKey, bool], None] = _nobody
         """Told of each key that becomes readable, and of each that no longer is."""
         self._limit = num_slots
@@ -90,7 +94,8 @@ class Index:
     def reserve(self, key: BlockKey, parent: BlockKey | None = None) -> Block:
         """Give a free slot to a block that shall hold `key`, which follows `parent`."""
         self._orders += 1
-        block = Block(key, self._free.pop(), self._orders, parent=parent)
+        seed = seed_of(key)
+        block = Block(key, self._free.pop(), self._orders, parent=parent, seed=seed)
         self._held += 1
         return block
 
@@ -100,6 +105,7 @@ class Index:
         assert block.key not in self._resident
         self._held -= 1
         block.state = State.RESIDENT
+        block.since = time.monotonic()
         self._resident[block.key] = block
         self.on_change(block.key, True)
         self._tree.add(block, self._resident.get(block.parent or b""))
@@ -134,6 +140,10 @@ class Index:
         if block.pins:
             return
         self._held -= 1
+        if block.quarantined:
+            self.num_slots -= 1
+            self.quarantined += 1
+            return
         if block.slot < self._opened:
             self._free.append(block.slot)
             return
@@ -144,7 +154,7 @@ class Index:
     def check(self) -> None:
         """Assert the law of conservation and that no slot has two holders."""
         assert self.free + self.reserved + self.resident == self.num_slots
-        assert self.num_slots + len(self._closed) >= self._limit
+        assert self.num_slots + len(self._closed) + self.quarantined >= self._limit
         assert all(self._opened <= slot < self._limit for slot in self._closed)
         assert all(slot < self._opened for slot in self._free)
         slots = [*self._free, *self._closed, *(block.slot for block in self)]

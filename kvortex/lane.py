@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvortex.calibration import ZERO_COPY
+from kvortex.core import Direction
 from kvortex.cuda_driver import cuda_driver
 from kvortex.cuda_ticket import CudaTicket
 from kvortex.movers import ZeroCopyMover
@@ -16,7 +17,7 @@ from kvortex.movers import ZeroCopyMover
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from kvortex.core import BlockIds, Direction
+    from kvortex.core import BlockIds
     from kvortex.cuda_driver import Handle
     from kvortex.cuda_stopwatch import CudaStopwatch
     from kvortex.cuda_ticket import EventPool
@@ -57,7 +58,7 @@ class Lane:
         self._driver = cuda_driver()
 
     def submit(
-        self, mover: str, block_ids: BlockIds, slots: BlockIds, before: Handle
+        self, mover: str, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds, before: Handle
     ) -> CudaTicket:
         """Start a copy once the event `before` is reached.
 
@@ -65,21 +66,31 @@ class Lane:
             TransferError: it was not launched, and nothing of it is under way any more.
         """
         stream, most = next(self._streams), self._most_blocks
-        with _all_or_nothing():
+        summed = self._is_summed()
+        tickets: list[CudaTicket] = []
+        with self._all_or_nothing():
             self._driver.wait(stream, before)
             if self._stopwatch is not None:
                 self._stopwatch.begin(len(block_ids), stream)
             for start in range(0, len(block_ids) or 1, most):
-                end = start + most
-                self.movers[mover].submit(block_ids[start:end], slots[start:end], stream)
+                part = slice(start, start + most)
+                self.movers[mover].submit(
+                    block_ids[part], slots[part], seeds[part], stream, summed=summed
+                )
                 ticket = CudaTicket(self._events, stream)
-                self._ids.lend(ticket)
+                self._leave_ids(ticket, tickets)
+                tickets.append(ticket)
             if self._stopwatch is not None:
                 self._stopwatch.end(len(block_ids), stream)
         return ticket
 
     def submit_runs(
-        self, block_ids: BlockIds, slots: BlockIds, before: Handle, parts: Sequence[range]
+        self,
+        block_ids: BlockIds,
+        slots: BlockIds,
+        seeds: BlockIds,
+        before: Handle,
+        parts: Sequence[range],
     ) -> list[CudaTicket]:
         """As `submit` by zero-copy, one part of the run table after the other, each its ticket.
 
@@ -87,30 +98,43 @@ class Lane:
             TransferError: nothing of it is under way any more.
         """
         if len(block_ids) > self._most_blocks:
-            return [self.submit(ZERO_COPY, block_ids, slots, before)] * len(parts)
+            return [self.submit(ZERO_COPY, block_ids, slots, seeds, before)] * len(parts)
         stream, mover = next(self._streams), self.movers[ZERO_COPY]
         assert isinstance(mover, ZeroCopyMover)
+        summed = self._is_summed()
         tickets = []
-        with _all_or_nothing():
+        with self._all_or_nothing():
             self._driver.wait(stream, before)
             if self._stopwatch is not None:
                 self._stopwatch.begin(len(block_ids), stream)
-            rows = self._ids.write(block_ids, slots)
+            row = self._ids.write(block_ids, slots, seeds)
             for runs in parts:
-                mover.launch(rows, len(block_ids), stream, runs)
+                mover.launch(row, len(block_ids), stream, summed=summed, runs=runs)
                 tickets.append(CudaTicket(self._events, stream))
-            self._ids.lend(tickets[-1])
+            self._leave_ids(tickets[-1])
             if self._stopwatch is not None:
                 self._stopwatch.end(len(block_ids), stream)
         return tickets
 
+    def _leave_ids(self, ticket: CudaTicket, earlier: Sequence[CudaTicket] = ()) -> None:
+        """The kernels of a ticket read the ids last written; what they find it tells."""
+        rows = self._ids.lend(ticket)
+        if self.direction is Direction.LOAD:
+            ticket.judge(self._ids, rows, list(earlier))
 
-@contextlib.contextmanager
-def _all_or_nothing() -> Iterator[None]:
-    """What did start ends before anyone hears of the failure and gives its slots away."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.synchronize()
-        raise
+    def _is_summed(self) -> bool:
+        return self._ids.verdicts is not None and self._ids.verdicts.next()
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What did start ends before anyone hears of the failure and gives its slots away."""
+        try:
+            yield
+        except BaseException:
+            rows = self._ids.take_back()
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize()
+                if self._ids.verdicts is not None:
+                    self._ids.verdicts.forget(rows)
+                    torch.cuda.synchronize()
+            raise

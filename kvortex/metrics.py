@@ -54,6 +54,9 @@ class Counters:
     evicted_blocks: int = 0
     failed_stores: int = 0
     failed_loads: int = 0
+    """Blocks whose load failed; corrupt ones are among them."""
+    corrupt_blocks: int = 0
+    """Blocks that were loaded and are not what was stored; they are computed again."""
     discarded_stores: int = 0
     """Stores whose bytes arrived but could no longer be trusted or wanted."""
     refused_stores: int = 0
@@ -144,6 +147,8 @@ class Gauges:
 
     slots: int = 0
     resident_slots: int = 0
+    quarantined_slots: int = 0
+    """Of the host pool, given to nobody any more: what they held came back corrupt."""
     transfers_under_way: int = 0
     prefill_tokens_per_second: float = 0.0
     load_bytes_per_second: float = 0.0

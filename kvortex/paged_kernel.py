@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvortex.core import Direction
 from kvortex.cuda_driver import LaunchConfiguration, cuda_driver
+from kvortex.id_ring import ROW_BYTES, IdRing
 from kvortex.layout import common_word
-from kvortex.triton_kernels.paged_copy import Tiling, paged_copy
+from kvortex.triton_kernels.paged_copy import Sums, Tiling, paged_copy
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,7 @@ THREAD_BYTES = 64
 """Of them a thread moves, in 8-byte words."""
 RUN_BYTES = 32
 PARAMETERS = struct.Struct("@PPPPPPiiiii")
-NO_SUMS = (0, 0, 0)
+SUM_BYTES = 16
 SIZES = [8] * 6 + [4] * 5
 
 
@@ -52,7 +53,8 @@ class PagedKernel:
         tiling: how to cut the work.
         direction: STORE into the slots, LOAD out of them.
         dense: the i-th block belongs to slot i.
-        ids: int64 (n, 2) pinned, of the kind that `launch` will be given.
+        ids: where `launch` will find its ids, or others like them, and keep its sums.
+        copy: if false only sums up what is on the GPU.
     """
 
     def __init__(
@@ -61,70 +63,102 @@ class PagedKernel:
         slots: torch.Tensor,
         tiling: Tiling,
         direction: Direction,
-        ids: torch.Tensor,
+        ids: IdRing,
         *,
         dense: bool = False,
+        copy: bool = True,
     ) -> None:
-        self._runs = runs
+        self._runs, self._ids = runs, ids
         self._num_runs = runs.shape[0]
         self._slot_bytes = slots.shape[1]
         self._tiling = tiling
-        store = direction is Direction.STORE
-        compiled = paged_copy(
-            runs, ids, slots, 0, tiling, store=store, programs=1, dense=dense
-        )  # no blocks: compiles and loads, copies nothing
-        self._function: Handle = compiled.function
         self._driver = cuda_driver()
         self._address = runs.data_ptr()
-        threads = compiled.metadata.num_warps * 32
-        self._configuration = LaunchConfiguration(
-            (1, 1, 1), (threads, 1, 1), compiled.metadata.shared
-        )
-        self._grid = self._configuration.programs
-        self._buffer, self._pointers = _parameters(self._driver.parameter_sizes(self._function))
-        self._configuration_at = ctypes.addressof(self._configuration)
+        sums = ids.verdicts.sums if ids.verdicts is not None else None
+        ways = ids.verdicts.ways if ids.verdicts is not None else {False}
+        self._of_words, self._checksums, self._verdicts = _addresses(sums)
+        self._functions: dict[bool, tuple[Handle, LaunchConfiguration, Any, int]] = {}
+        for summed in ways:
+            compiled = paged_copy(  # no blocks: compiles and loads, copies nothing
+                runs,
+                ids.rows,
+                slots,
+                0,
+                tiling,
+                store=direction is Direction.STORE,
+                programs=1,
+                dense=dense,
+                sums=sums if summed else None,
+                copy=copy,
+                finish=False,
+            )
+            threads = compiled.metadata.num_warps * 32
+            launch = LaunchConfiguration((1, 1, 1), (threads, 1, 1), compiled.metadata.shared)
+            self._functions[summed] = (
+                compiled.function,
+                launch,
+                launch.programs,
+                ctypes.addressof(launch),
+            )
+        self._buffer, self._pointers = _parameters(self._driver.parameter_sizes(compiled.function))
         self._pointers_at = ctypes.addressof(self._pointers)
 
     def launch(
         self,
         ids: int,
+        row: int,
         slots: int,
         num_blocks: int,
         programs: int,
         stream: Handle,
+        *,
+        summed: bool = False,
         runs: range | None = None,
     ) -> None:
         """Copy `num_blocks` blocks on a stream.
 
         Args:
-            ids: address of the first row of ids.
+            ids: address of row 0 of the ids.
+            row: the first that counts, of the ids and of the sums.
             slots: address of slot 0.
             num_blocks: how many rows of ids.
             programs: size of the grid.
             stream: of CUDA.
-            runs: the rows of the run table to copy; None copies all of them.
+            summed: sum up what is moved, one of the `ways` of the ids' verdicts. One row's sums are
+                of one copy at a time.
+            runs: the rows of the run table to copy; None copies all of them. Where a copy takes
+                several launches, the last rows of the table come last.
 
         Raises:
             TransferError: it could not be launched.
         """
-        first, count = (runs.start, len(runs)) if runs is not None else (0, self._num_runs)
-        chunks = self._tiling.chunks_per_run
+        first, end = (runs.start, runs.stop) if runs is not None else (0, self._num_runs)
+        count, chunks = end - first, self._tiling.chunks_per_run
+        function, configuration, grid, configuration_at = self._functions[summed]
         PARAMETERS.pack_into(
             self._buffer,
             0,
             self._address + first * RUN_BYTES,
-            ids,
+            ids + row * ROW_BYTES,
             slots,
-            *NO_SUMS,
+            self._of_words + row * SUM_BYTES,
+            self._checksums,
+            self._verdicts + row,
             num_blocks * count * chunks,
             count,
             chunks,
             self._slot_bytes,
-            0,
+            num_blocks if summed and end == self._num_runs else 0,
         )
-        self._grid[0] = programs
-        self._configuration.stream = stream
-        self._driver.launch(self._configuration_at, self._function, self._pointers_at)
+        grid[0] = programs
+        configuration.stream = stream
+        self._driver.launch(configuration_at, function, self._pointers_at)
+
+
+def _addresses(sums: Sums | None) -> tuple[int, int, int]:
+    if sums is None:
+        return 0, 0, 0
+    return sums.of_words.data_ptr(), sums.checksums.data_ptr(), sums.verdicts.data_ptr()
 
 
 def _parameters(sizes: list[int]) -> tuple[ctypes.Array[ctypes.c_char], ctypes.Array[Any]]:

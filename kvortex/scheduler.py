@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,9 +37,17 @@ class Flight:
     blocks: list[Block]
     ranks_left: int
     planned_at: float
-    failed: bool = False
+    bad: set[int] = field(default_factory=set)
+    """Positions of blocks that did not arrive as they should, on some rank."""
+    corrupt: set[int] = field(default_factory=set)
+    """Those of them whose bytes are not what was stored."""
     discard: bool = False
     """A store whose source may hold wrong bytes, or which was made before a reset."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether any of it did not arrive."""
+        return bool(self.bad)
 
 
 class OffloadScheduler:
@@ -178,9 +186,8 @@ class OffloadScheduler:
         if report.unwaited_layers:
             self.counters.unwaited_layers += report.unwaited_layers
             self.discard_stores()
-        for job_id in report.failed & self._flights.keys():
-            self._flights[job_id].failed = True
-        if any(self._misled_a_forward(job_id) for job_id in report.failed):
+        self._note_bad(report)
+        if any(map(self._misled_a_forward, [*report.failed, *report.corrupt])):
             self.discard_stores()
         done = [
             flight for job_id, n in report.finished.items() if (flight := self._land(job_id, n))
@@ -190,6 +197,15 @@ class OffloadScheduler:
         if self.overflow is not None and report.disk is not None:
             self.overflow.settle(report.disk)
         return done
+
+    def _note_bad(self, report: StepReport) -> None:
+        for job_id in report.failed & self._flights.keys():
+            flight = self._flights[job_id]
+            flight.bad.update(range(len(flight.blocks)))
+        for job_id in report.corrupt.keys() & self._flights.keys():
+            flight = self._flights[job_id]
+            flight.bad |= report.corrupt[job_id]
+            flight.corrupt |= report.corrupt[job_id]
 
     def _take_in_pool(self, report: StepReport) -> None:
         """Slots that are not ready on every rank are not given out."""
@@ -222,7 +238,8 @@ class OffloadScheduler:
         request_id: str | None = None,
     ) -> Job:
         slots = np.fromiter((block.slot for block in blocks), np.int64, len(blocks))
-        job = Job(self._next_job_id, np.asarray(ids, np.int64), slots, request_id)
+        seeds = np.fromiter((block.seed for block in blocks), np.int64, len(blocks))
+        job = Job(self._next_job_id, np.asarray(ids, np.int64), slots, request_id, seeds)
         self._next_job_id += 1
         now = time.perf_counter()
         self._flights[job.id] = Flight(job, direction, blocks, self._num_ranks, now)
@@ -253,17 +270,43 @@ class OffloadScheduler:
             self._end_store(flight)
 
     def _end_load(self, flight: Flight) -> None:
+        if flight.corrupt:
+            self._quarantine([flight.blocks[position] for position in sorted(flight.corrupt)])
         self.tier.unpin(flight.blocks)
-        if not flight.failed:
-            self.counters.loaded_blocks += len(flight.blocks)
-            self.counters.loaded_bytes += len(flight.blocks) * self._block_bytes
+        num_good = len(flight.blocks) - len(flight.bad)
+        self.counters.loaded_blocks += num_good
+        self.counters.loaded_bytes += num_good * self._block_bytes
+        if num_good == len(flight.blocks):
             self.counters.load_seconds += time.perf_counter() - flight.planned_at
             return
-        self.counters.failed_loads += len(flight.blocks)
-        self.tier.forget(flight.blocks)
-        for block in flight.blocks:
+        bad = [flight.blocks[position] for position in sorted(flight.bad)]
+        self.counters.failed_loads += len(bad)
+        self.tier.forget(bad)
+        for block in bad:
             self._note_failed(block)
-        self._log_once("A load failed; its tokens are computed again and its blocks forgotten.")
+        if flight.bad != flight.corrupt:
+            self._log_once("A load failed; its tokens are computed again and its blocks forgotten.")
+
+    def _quarantine(self, blocks: list[Block]) -> None:
+        """What these slots hold is not what was stored, and nothing else is to be."""
+        self.counters.corrupt_blocks += len(blocks)
+        self.tier.quarantine(blocks)
+        if self.overflow is not None:
+            self.overflow.distrust([block.key for block in blocks])
+        if "corrupt" not in self._logged:
+            self._logged.add("corrupt")
+            first = blocks[0]
+            logger.error(
+                "Block %s came back from host slot %d, where it was brought from %s %.1f s ago, "
+                "with other bytes than were stored, in some of its layers: its tokens are computed "
+                "again, and the slot is not used any more. Test this machine's memory%s. Later "
+                "ones are only counted.",
+                first.key.hex(),
+                first.slot,
+                "disk" if first.from_disk else "the GPU",
+                time.monotonic() - first.since,
+                " and drive" if first.from_disk else "",
+            )
 
     def _end_store(self, flight: Flight) -> None:
         if not flight.failed and not flight.discard:

@@ -167,6 +167,12 @@ class HostTier:
                 self._drop(block)
                 self._orphans += self._without_prefix(self.index.orphans(block.key))
 
+    def quarantine(self, blocks: Iterable[Block]) -> None:
+        """Drop blocks whose bytes changed where they were, and use their slots no more."""
+        for block in blocks:
+            block.quarantined = True
+            self.forget((block,))
+
     def clear(self) -> None:
         """Forget every readable block."""
         self.forget(list(self.index))

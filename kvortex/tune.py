@@ -17,16 +17,18 @@ from kvortex.core import Direction
 from kvortex.cuda_driver import cuda_driver
 from kvortex.cuda_ticket import CudaTicket, EventPool
 from kvortex.host_pool import HostPool
-from kvortex.id_ring import IdRing
+from kvortex.id_ring import open_ring
 from kvortex.lane import Lane
 from kvortex.layout import make_layout
 from kvortex.movers import open_movers
+from kvortex.verification import verification_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from kvortex.core import BlockIds
     from kvortex.layout import Layout
+    from kvortex.verification import Verify
 
 PAGES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 2 << 20)
 PROGRAMS = (4, 8, 16, 32, 64)
@@ -51,6 +53,7 @@ class Rig:
         page_bytes: of each layer.
         total_bytes: of all blocks together.
         layers: by default 32, less if there would be but a few blocks.
+        verify: as in KVortexConfig.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Rig:
         page_bytes: int,
         total_bytes: int = TOTAL_BYTES,
         layers: int | None = None,
+        verify: Verify = "always",
     ) -> None:
         self.layers = layers or (LAYERS if page_bytes * LAYERS * 8 <= total_bytes else 8)
         self.num_blocks = max(2, total_bytes // (page_bytes * self.layers))
@@ -74,6 +78,7 @@ class Rig:
         self.nbytes = self.num_blocks * self.layout.slot_bytes
         self.block_ids: BlockIds = np.random.default_rng(0).permutation(self.num_blocks)
         self.slots: BlockIds = np.arange(self.num_blocks)
+        self._verification = verification_of(self.layout, verify)
         self.events = EventPool()
         self._device = device
         self._entered = self.events.take()
@@ -81,7 +86,8 @@ class Rig:
 
     def lane(self, direction: Direction, mover: str, programs: int) -> Lane:
         """With a single mover and its own ids."""
-        ids = IdRing(4 * self.num_blocks)
+        rows = 4 * self.num_blocks
+        ids = open_ring(rows, self.pool, self._device, direction, self._verification)
         movers = open_movers(self.layout, self.pool, direction, {mover}, programs, ids, self.events)
         stream = self._streams[direction].cuda_stream
         return Lane(direction, [stream], movers, ids, self.events, self.num_blocks)
@@ -91,7 +97,8 @@ class Rig:
         part = slice(first, None if count is None else first + count)
         (mover,) = lane.movers
         cuda_driver().record(self._entered, torch.cuda.current_stream(self._device).cuda_stream)
-        return lane.submit(mover, self.block_ids[part], self.slots[part], self._entered)
+        seeds = self.block_ids[part]  # any will do
+        return lane.submit(mover, self.block_ids[part], self.slots[part], seeds, self._entered)
 
     def start_both(self, lanes: Mapping[Direction, Lane]) -> None:
         """Store one half of the blocks while the other is loaded."""
@@ -133,9 +140,10 @@ def rig(
     page_bytes: int,
     total_bytes: int = TOTAL_BYTES,
     layers: int | None = None,
+    verify: Verify = "always",
 ) -> Iterator[Rig]:
-    """A Rig for the length of a `with` block."""
-    opened = Rig(device, page_bytes, total_bytes, layers)
+    """A Rig for the length of a `with` block; `verify` as in KVortexConfig."""
+    opened = Rig(device, page_bytes, total_bytes, layers, verify)
     try:
         yield opened
     finally:

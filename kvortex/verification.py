@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
+from kvortex.core import Direction
 from kvortex.layout import common_word
 
 if TYPE_CHECKING:
+    from kvortex.core import BlockIds
     from kvortex.layout import Layout
 
 Verify = Literal["always", "sampled", "off"]
@@ -37,6 +41,34 @@ class Verification:
     def on(self) -> bool:
         """Whether there are checksums at all."""
         return self.mode != "off"
+
+
+class Turns:
+    """Which copies are summed up: all stores, and of loads those that are to be compared."""
+
+    def __init__(self, verification: Verification | None) -> None:
+        self._mode: Verify = verification.mode if verification is not None else "off"
+        self._loads = 0
+
+    def ways(self, direction: Direction) -> set[bool]:
+        """What `next` may say."""
+        if self._mode == "sampled" and direction is Direction.LOAD:
+            return {True, False}
+        return {self._mode != "off"}
+
+    def next(self, direction: Direction) -> bool:
+        """Whether the next copy is summed up."""
+        if self._mode == "sampled" and direction is Direction.LOAD:
+            self._loads += 1
+            return self._loads % ONE_IN == 1
+        return self._mode != "off"
+
+
+def seeds_from(seeds: BlockIds | None, count: int, verification: Verification | None) -> BlockIds:
+    """What checksums start from: the seeds of keys, None for zeros, and the rank's fingerprint."""
+    if seeds is None:
+        seeds = np.zeros(count, np.int64)
+    return seeds if verification is None else seeds ^ np.int64(verification.fingerprint)
 
 
 def verification_of(layout: Layout, mode: Verify, namespace: bytes = b"") -> Verification:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from kvortex.copy_engine import CopyEngine, Ticket
+    from kvortex.core import BlockIds
     from kvortex.disk_worker import DiskWorker
     from kvortex.host_pool import HostPool
     from kvortex.layout import Layout
+    from kvortex.verification import Verification
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +34,18 @@ class _Launch:
     jobs: Sequence[Job]
     ticket: Ticket
 
+    @property
+    def awaited(self) -> bool:
+        """Whether some forward waits for it."""
+        return any(job.request_id is None for job in self.jobs)
+
 
 class Worker:
     """Per step: `begin` before the model runs, `pass_layer` as each of its layers does, `store`
     after it was launched, `report` at the end.
 
-    Never waits for the GPU and never raises for a copy that failed: that is data in the report.
+    Never waits for the GPU but in `await_loads`, and never raises for a copy that failed: that is
+    data in the report.
     """
 
     def __init__(self, copy_engine: CopyEngine, disk: DiskWorker | None = None) -> None:
@@ -47,6 +56,7 @@ class Worker:
         self._launches: list[_Launch] = []
         self._finished: dict[int, int] = {}
         self._failed: set[int] = set()
+        self._corrupt: dict[int, frozenset[int]] = {}
         self._bad_blocks: set[int] = set()
         self._misled = False
         self._forward_open = False
@@ -121,8 +131,9 @@ class Worker:
             self._unwaited_layers,
             ready_slots,
             self._disk.report() if self._disk is not None else None,
+            self._corrupt,
         )
-        self._finished, self._failed = {}, set()
+        self._finished, self._failed, self._corrupt = {}, set(), {}
         self._layered_loads = self._unwaited_layers = 0
         self._step = None
         return report
@@ -137,6 +148,18 @@ class Worker:
         """Those of them whose load failed."""
         failed, self._failed_requests = self._failed_requests, set()
         return failed
+
+    def await_loads(self) -> None:
+        """Block until the loads have ended for which this step's forward waits on the GPU.
+
+        What they brought may turn out to be corrupt, and is to be told of before an output that
+        used it leaves the engine. The model was launched: the GPU does not wait for this.
+        """
+        for launch in self._launches:
+            if launch.direction is Direction.LOAD and launch.awaited:
+                with contextlib.suppress(TransferError):  # the next poll reports it
+                    launch.ticket.wait()
+        self._poll()
 
     def take_bad_blocks(self) -> set[int]:
         """GPU blocks whose load failed since the last call."""
@@ -182,10 +205,11 @@ class Worker:
         try:
             ids = np.concatenate([job.block_ids for job in jobs])
             slots = np.concatenate([job.slots for job in jobs])
+            seeds = np.concatenate([_seeds(job) for job in jobs])
             if by_layer:
-                tickets = self._copy_engine.load_layers(ids, slots)
+                tickets = self._copy_engine.load_layers(ids, slots, seeds)
             else:
-                tickets = [self._copy_engine.copy(direction, ids, slots)]
+                tickets = [self._copy_engine.copy(direction, ids, slots, seeds)]
         except TransferError as error:
             self._log_once(error)
             self._fail(direction, jobs)
@@ -219,7 +243,24 @@ class Worker:
             self._fail(launch.direction, launch.jobs)
             return True
         self._end(launch.jobs)
+        if launch.ticket.bad_block_ids:
+            self._note_corrupt(launch)
         return True
+
+    def _note_corrupt(self, launch: _Launch) -> None:
+        """Some of what was loaded is not what was stored: to those who wait it is as if it had
+        failed."""
+        bad = launch.ticket.bad_block_ids
+        for job in launch.jobs:
+            found = np.isin(job.block_ids, bad)
+            if not found.any():
+                continue
+            self._corrupt[job.id] = frozenset(np.flatnonzero(found).tolist())
+            self._bad_blocks.update(job.block_ids[found].tolist())
+            if job.request_id is None:
+                self._misled = True
+            else:
+                self._failed_requests.add(job.request_id)
 
     def _end(self, jobs: Sequence[Job]) -> set[str]:
         """Tell of jobs that ended; returns the requests that wait for them."""
@@ -241,8 +282,16 @@ class Worker:
             logger.error("%s. The engine goes on; later failures are only counted.", error)
 
 
+def _seeds(job: Job) -> BlockIds:
+    return job.seeds if job.seeds is not None else np.zeros(len(job.slots), np.int64)
+
+
 def open_worker(
-    layout: Layout, pool: HostPool, num_streams: int, disk: DiskWorker | None = None
+    layout: Layout,
+    pool: HostPool,
+    num_streams: int,
+    verification: Verification | None = None,
+    disk: DiskWorker | None = None,
 ) -> Worker:
     """A worker that copies on the device of the KV tensors; the pool is closed if it cannot.
 
@@ -250,18 +299,23 @@ def open_worker(
         TransferError: this GPU cannot run the kernel.
     """
     try:
-        return Worker(open_copy_engine(layout, pool, num_streams), disk)
+        return Worker(open_copy_engine(layout, pool, num_streams, verification), disk)
     except BaseException:
         pool.close()
         raise
 
 
 def open_copy_engine(
-    layout: Layout, pool: HostPool, num_streams: int, *, warm_up: bool = True
+    layout: Layout,
+    pool: HostPool,
+    num_streams: int,
+    verification: Verification | None = None,
+    *,
+    warm_up: bool = True,
 ) -> CopyEngine:
     """The engine for the device of the KV tensors; without `warm_up` the pool stays as it is."""
     if layout.device.type != "cuda":
-        return CpuCopyEngine(layout, pool)
+        return CpuCopyEngine(layout, pool, verification)
     from kvortex.cuda_copy_engine import CudaCopyEngine  # needs triton, which a CPU may lack
 
-    return CudaCopyEngine(layout, pool, num_streams, warm_up=warm_up)
+    return CudaCopyEngine(layout, pool, num_streams, verification, warm_up=warm_up)

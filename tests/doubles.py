@@ -13,9 +13,10 @@ from kvortex.host_pool import HostPool
 from kvortex.layout import Layout, make_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kvortex.core import BlockIds
+    from kvortex.verification import Verification
 
 GARBAGE = 0xEE
 
@@ -23,14 +24,15 @@ GARBAGE = 0xEE
 class CommandedTicket(Ticket):
     """Copies when told to `finish`; told to `fail`, it leaves garbage at the destination."""
 
-    def __init__(self, copy: Callable[[], object], spoil: Callable[[], object]) -> None:
+    def __init__(self, copy: Callable[[], Ticket], spoil: Callable[[], object]) -> None:
         self._copy, self._spoil = copy, spoil
+        self._copied: Ticket | None = None
         self.ended = False
         self.failed = False
 
     def finish(self) -> None:
         assert not self.ended
-        self._copy()
+        self._copied = self._copy()
         self.ended = True
 
     def fail(self) -> None:
@@ -44,6 +46,10 @@ class CommandedTicket(Ticket):
             raise TransferError("failed on command")
         return self.ended
 
+    @property
+    def bad_block_ids(self) -> Sequence[int]:
+        return self._copied.bad_block_ids if self._copied is not None else ()
+
     def wait(self, timeout: float | None = None) -> bool:
         assert timeout is not None or self.ended, "this would wait for ever"
         time.sleep(0 if self.ended else timeout or 0)
@@ -53,9 +59,11 @@ class CommandedTicket(Ticket):
 class CommandedCopyEngine(CopyEngine):
     """Wraps the CPU engine. `tickets` are all copies so far, `refuse` makes the next ones fail."""
 
-    def __init__(self, layout: Layout, pool: HostPool) -> None:
-        super().__init__(layout, pool)
-        self._inner = CpuCopyEngine(layout, pool)
+    def __init__(
+        self, layout: Layout, pool: HostPool, verification: Verification | None = None
+    ) -> None:
+        super().__init__(layout, pool, verification)
+        self._inner = CpuCopyEngine(layout, pool, verification)
         self.tickets: list[CommandedTicket] = []
         self.directions: list[Direction] = []
         self.fenced: list[Ticket] = []
@@ -66,21 +74,29 @@ class CommandedCopyEngine(CopyEngine):
     def waiting(self) -> list[CommandedTicket]:
         return [ticket for ticket in self.tickets if not ticket.ended]
 
-    def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> Ticket:
+    def copy(
+        self,
+        direction: Direction,
+        block_ids: BlockIds,
+        slots: BlockIds,
+        seeds: BlockIds | None = None,
+    ) -> Ticket:
         assert not self.closed
         if self.refuse:
             raise TransferError("refused on command")
         ticket = CommandedTicket(
-            lambda: self._inner.copy(direction, block_ids, slots),
+            lambda: self._inner.copy(direction, block_ids, slots, seeds),
             lambda: self._spoil(direction, block_ids, slots),
         )
         self.tickets.append(ticket)
         self.directions.append(direction)
         return ticket
 
-    def load_layers(self, block_ids: BlockIds, slots: BlockIds) -> list[Ticket]:
+    def load_layers(
+        self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds | None = None
+    ) -> list[Ticket]:
         """One copy after the other, each of which brings whole blocks."""
-        return [self.copy(Direction.LOAD, block_ids, slots) for _ in self.layout.pages]
+        return [self.copy(Direction.LOAD, block_ids, slots, seeds) for _ in self.layout.pages]
 
     def fence(self, ticket: Ticket) -> None:
         self.fenced.append(ticket)
@@ -96,6 +112,16 @@ class CommandedCopyEngine(CopyEngine):
         else:
             for page in self.layout.pages:
                 page.view[torch.from_numpy(block_ids)] = GARBAGE
+
+
+def open_commanded(
+    layout: Layout,
+    pool: HostPool,
+    _num_streams: int,
+    verification: Verification | None = None,
+) -> CommandedCopyEngine:
+    """Instead of `kvortex.worker.open_copy_engine`."""
+    return CommandedCopyEngine(layout, pool, verification)
 
 
 def commanded(num_blocks: int = 8, num_slots: int = 8, layers: str = "a") -> CommandedCopyEngine:

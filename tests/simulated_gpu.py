@@ -11,6 +11,7 @@ import itertools
 import random
 import struct
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from kvortex.core import Direction, TransferError
 from kvortex.cuda_copy_engine import CudaCopyEngine
 from kvortex.host_pool import HostPool
 from kvortex.layout import make_layout
+from kvortex.triton_kernels.reference import GOLDEN, _scrambled, _words
+from kvortex.verification import verification_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,7 +31,11 @@ if TYPE_CHECKING:
     import numpy as np
     import pytest
 
-ROW = struct.Struct("qq")
+    from kvortex.id_ring import IdRing
+    from kvortex.triton_kernels.paged_copy import Tiling
+    from kvortex.verification import Verify
+
+ROW = struct.Struct("qqq")
 TICK = 1e-3
 
 
@@ -184,12 +191,17 @@ class SimulatedKernel:
         self,
         runs: torch.Tensor,
         slots: torch.Tensor,
-        tiling: object,
+        tiling: Tiling,
         direction: Direction,
-        ids: torch.Tensor,
+        ids: IdRing,
         *,
         dense: bool = False,
+        copy: bool = True,
     ) -> None:
+        self._ways = ids.verdicts.ways if ids.verdicts is not None else {False}
+        self._sums = ids.verdicts.sums if ids.verdicts is not None else None
+        self._copies = copy
+        self._word = tiling.word
         self._runs: list[list[int]] = runs.tolist()
         self._slot_bytes = slots.shape[1]
         self._store = direction is Direction.STORE
@@ -198,26 +210,57 @@ class SimulatedKernel:
     def launch(
         self,
         ids: int,
+        row: int,
         slots: int,
         count: int,
         programs: int,
         stream: int,
+        *,
+        summed: bool = False,
         runs: range | None = None,
     ) -> None:
+        assert summed in self._ways
         rows = self._runs if runs is None else self._runs[runs.start : runs.stop]
-        self.driver.launch(stream, (self._block(i, ids, slots, rows) for i in range(count)))
+        packed = self._slot_bytes if self._dense else 0
+        last = summed and (runs is None or runs.stop == len(self._runs))
+        blocks = (
+            self._block(row + i, ids, slots + i * packed, rows, summed, last) for i in range(count)
+        )
+        self.driver.launch(stream, blocks)
 
-    def _block(self, i: int, ids: int, slots: int, rows: list[list[int]]) -> Callable[[], bool]:
+    def _block(
+        self, row: int, ids: int, slots: int, runs: list[list[int]], summed: bool, last: bool
+    ) -> Callable[[], bool]:
         def copy() -> bool:
-            block, slot = ROW.unpack(ctypes.string_at(ids + i * ROW.size, ROW.size))
-            place = slots + (i if self._dense else slot) * self._slot_bytes
-            for base, stride, offset, nbytes in rows:
+            block, slot, seed = ROW.unpack(ctypes.string_at(ids + row * ROW.size, ROW.size))
+            place = slots + (0 if self._dense else slot) * self._slot_bytes
+            for base, stride, offset, nbytes in runs:
                 gpu, host = base + block * stride, place + offset
-                to, source = (host, gpu) if self._store else (gpu, host)
-                moved(to, source, nbytes)
+                if self._copies:
+                    to, source = (host, gpu) if self._store else (gpu, host)
+                    moved(to, source, nbytes)
+                if summed and self._sums is not None:
+                    self._sums.of_words[row, 0] += self._sum(gpu, offset, nbytes)
+            if last:
+                self._finish(row, slot, seed)
             return True
 
         return copy
+
+    def _sum(self, address: int, offset: int, nbytes: int) -> torch.Tensor:
+        """Of one run."""
+        part = torch.frombuffer(bytearray(ctypes.string_at(address, nbytes)), dtype=torch.uint8)
+        places = torch.arange(offset // self._word, (offset + nbytes) // self._word)
+        return _scrambled(_words(part[None], self._word) ^ places * GOLDEN).sum()
+
+    def _finish(self, row: int, slot: int, seed: int) -> None:
+        assert self._sums is not None
+        checksum = _scrambled(self._sums.of_words[row, 0] + seed)
+        self._sums.of_words[row, 0] = 0
+        if self._store:
+            self._sums.checksums[slot] = checksum
+        elif self._sums.checksums[slot] != checksum:
+            self._sums.verdicts[row] = 1
 
 
 class SimulatedStream:
@@ -263,6 +306,7 @@ def simulated_engine(
     page: int,
     num_streams: int = 4,
     piece_slots: int = 1 << 20,
+    verify: Verify = "always",
 ) -> tuple[dict[str, torch.Tensor], CudaCopyEngine]:
     """An engine over three layers of `blocks` blocks and as many slots, all full of noise."""
     kv = {
@@ -276,4 +320,5 @@ def simulated_engine(
     SimulatedKernel.driver.pieces = range(pool.address, end, piece_slots * pool.slot_bytes)
     chosen = Calibration({4096: dict.fromkeys(Direction, choice)}, "simulated")
     patch.setattr("kvortex.cuda_copy_engine.load_calibration", lambda device: chosen)
-    return kv, CudaCopyEngine(layout, pool, num_streams)
+    verification = replace(verification_of(layout, verify), by_gpu=True)
+    return kv, CudaCopyEngine(layout, pool, num_streams, verification)

@@ -58,7 +58,7 @@ def test_unknown_setting_names_the_known_ones() -> None:
     assert str(caught.value) == (
         "unknown setting ram_pool_gib=3: the settings are "
         "ram_pool_gb, num_cuda_streams, numa_node, eviction_policy, admission, load, "
-        "min_load_tokens, trace_path, disk_path, disk_pool_gb, disk_max_write_mb_s, "
+        "min_load_tokens, verify, trace_path, disk_path, disk_pool_gb, disk_max_write_mb_s, "
         "disk_read_deadline_ms"
     )
 
@@ -170,6 +170,7 @@ def test_what_vllm_is_told() -> None:
             "admission": "adaptive",
             "load": "auto",
             "min_load_tokens": 0,
+            "verify": "always",
             "trace_path": None,
             "disk_path": None,
             "disk_pool_gb": None,

@@ -18,9 +18,11 @@ from simulated_gpu import TICK, SimulatedDriver, simulate, simulated_engine
 from kvortex.calibration import DMA, STAGED, ZERO_COPY, Choice
 from kvortex.core import Direction, TransferError
 from kvortex.cuda_stopwatch import MOST_TIMED
+from kvortex.verification import ONE_IN
 
 if TYPE_CHECKING:
     from kvortex.cuda_copy_engine import CudaCopyEngine
+    from kvortex.verification import Verify
 
 STORE, LOAD = Direction.STORE, Direction.LOAD
 PAGE = 24
@@ -125,12 +127,63 @@ def test_a_call_that_fails_leaves_nothing_under_way(
             driver.fail_at = None
             assert earlier.wait()
             slots = np.random.default_rng(call).permutation(BLOCKS)
-            assert engine.copy(direction, np.arange(BLOCKS), slots).wait()
+            assert engine.copy(STORE, np.arange(BLOCKS), slots).wait()
+            again = engine.copy(LOAD, np.arange(BLOCKS), slots)
+            assert again.wait()
+            assert again.bad_block_ids == []  # no sum or verdict is left of what failed
             for page in engine.layout.pages:
                 part = slice(page.slot_offset, page.slot_offset + PAGE)
                 assert torch.equal(engine.pool.bytes[slots, part], kv[page.name])
             engine.close()
     assert failures >= (5 if direction is STORE else 0)
+
+
+@pytest.mark.parametrize("verify", ["always", "sampled", "off"])
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: f"{choice.small} {choice.large}")
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_not_what_was_stored_is_found_and_nothing_else(
+    verify: Verify, choice: Choice, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, driver = random.Random(seed), SimulatedDriver(seed)
+    simulate(
+        monkeypatch,
+        driver,
+        cuda_copy_engine__ID_ROWS=draw.choice([64, 4096]),
+        cuda_copy_engine__LAUNCH_BYTES=draw.choice([1, BLOCKS * PAGE]),
+        movers__factory__BUFFER_BYTES=SLOT * 5,
+        movers__staged__LEAST_CHUNK_BYTES=SLOT,
+    )
+    _, engine = simulated_engine(
+        monkeypatch, choice, blocks=BLOCKS, page=PAGE, piece_slots=16, verify=verify
+    )
+    blocks, slots = np.arange(BLOCKS), np.array(draw.sample(range(BLOCKS), BLOCKS))
+    seeds = np.array([draw.randrange(-(1 << 63), 1 << 63) for _ in blocks])
+    assert engine.copy(STORE, blocks, slots, seeds).wait()
+    bad = set(draw.sample(range(BLOCKS), 6))
+    flipped, of_another_key, one, other, stale, right = bad
+    bad.remove(right)
+    page = draw.choice(engine.layout.pages)
+    at = page.slot_offset + draw.randrange(PAGE)
+    engine.pool.bytes[slots[flipped], at] ^= 1 << draw.randrange(8)
+    seeds[of_another_key] += 1
+    slots[[one, other]] = slots[[other, one]]
+    engine.pool.bytes[slots[stale]] = 0
+    found, loads = set[int](), 0
+    for _ in range(ONE_IN if verify == "sampled" else 1):
+        start = 0
+        while start < BLOCKS:
+            part = slice(start, start + draw.choice([1, 17, 60, 100]))
+            where = blocks[part], slots[part], seeds[part]
+            whole = draw.random() < 0.5
+            ticket = engine.copy(LOAD, *where) if whole else engine.load_layers(*where)[-1]
+            assert ticket.wait()
+            found.update(ticket.bad_block_ids)
+            loads += 1
+            start = part.stop
+    if verify == "always":
+        assert found == bad
+    assert found <= (set() if verify == "off" else bad)
+    engine.close()
 
 
 @pytest.mark.parametrize("seed", range(8))

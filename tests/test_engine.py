@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from doubles import CommandedCopyEngine
+from doubles import CommandedCopyEngine, open_commanded
 from geometries import dense, memory_of
 
 import kvortex.engine
@@ -67,9 +67,7 @@ class Commanded:
 
     def __init__(self, num_slots: int, patch: pytest.MonkeyPatch) -> None:
         self.kv = kv_tensors(torch.device("cpu"))
-        patch.setattr(
-            kvortex.worker, "open_copy_engine", lambda *args: CommandedCopyEngine(*args[:2])
-        )
+        patch.setattr(kvortex.worker, "open_copy_engine", open_commanded)
         self.engine = KVortexEngine(config(num_slots, make_layout(self.kv).slot_bytes), self.kv)
         copies = self.engine._worker._copy_engine
         assert isinstance(copies, CommandedCopyEngine)
@@ -392,7 +390,7 @@ def test_a_save_under_way_when_a_load_fails_says_so(commanded: Make) -> None:
     assert made.engine.check_blocks([B]) == [False]
 
 
-STATS = {f"{state}_slots" for state in ("total", "free", "reserved", "resident")}
+STATS = {f"{state}_slots" for state in ("total", "free", "reserved", "resident", "quarantined")}
 STATS |= {"slot_bytes", *Counters().as_dict()}
 
 
@@ -483,7 +481,7 @@ def test_bad_tensors() -> None:
 def test_a_gpu_that_cannot_copy_leaves_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     pools: list[HostPool] = []
 
-    def broken(_layout: object, pool: HostPool, _streams: int) -> None:
+    def broken(_layout: object, pool: HostPool, *_: object) -> None:
         pools.append(pool)
         raise TransferError("no kernel for this GPU")
 

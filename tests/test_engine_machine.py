@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import torch
-from doubles import CommandedCopyEngine, CommandedTicket
+from doubles import CommandedCopyEngine, CommandedTicket, open_commanded
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -87,9 +87,7 @@ class EngineMachine(RuleBasedStateMachine):
             ram_pool_gb=num_slots * SLOT_BYTES / GIB, eviction_policy=self.policy
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                kvortex.worker, "open_copy_engine", lambda *args: CommandedCopyEngine(*args[:2])
-            )
+            patch.setattr(kvortex.worker, "open_copy_engine", open_commanded)
             self.engine = KVortexEngine(config, {str(i): kv for i, kv in enumerate(self.kv)})
         copies = self.engine._worker._copy_engine
         assert isinstance(copies, CommandedCopyEngine)

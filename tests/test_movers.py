@@ -58,45 +58,48 @@ def test_merged_pieces_name_the_same_bytes_in_the_same_order(
 
 
 def test_slots_come_in_order_with_their_blocks() -> None:
-    blocks, slots = in_order_of_slots(ids(7, 8, 9), ids(5, 1, 3))
+    blocks, slots, seeds = in_order_of_slots(ids(7, 8, 9), ids(5, 1, 3), ids(70, 80, 90))
     assert slots.tolist() == [1, 3, 5]
     assert blocks.tolist() == [8, 9, 7]
+    assert seeds.tolist() == [80, 90, 70]
 
 
 def test_a_slot_for_two_blocks_stays_with_both() -> None:
-    blocks, slots = in_order_of_slots(ids(7, 8, 9), ids(5, 5, 3))
+    blocks, slots, seeds = in_order_of_slots(ids(7, 8, 9), ids(5, 5, 3), ids(70, 80, 90))
     assert slots.tolist() == [3, 5, 5]
     assert blocks.tolist() == [9, 7, 8]
+    assert seeds.tolist() == [90, 70, 80]
 
 
 def test_ids_are_written_side_by_side() -> None:
     ring = IdRing(64)
-    assert ring.write(ids(1, 2), ids(3, 4)) == ring.address
-    assert ring.write(np.arange(20), np.arange(20, 40)) == ring.address + 2 * 16
-    assert ring.rows[:3].tolist() == [[1, 3], [2, 4], [0, 20]]
-    assert ring.rows[21].tolist() == [19, 39]
+    assert ring.write(ids(1, 2), ids(3, 4), ids(-5, 6)) == 0
+    assert ring.write(np.arange(20), np.arange(20, 40), np.arange(40, 60)) == 2
+    assert ring.rows[:3].tolist() == [[1, 3, -5], [2, 4, 6], [0, 20, 40]]
+    assert ring.rows[21].tolist() == [19, 39, 59]
+    assert ring.lend(Copy()) == [range(2), range(2, 22)]
 
 
 def test_rows_are_written_again_only_after_their_readers_ended() -> None:
     ring = IdRing(4)
     slow, other = Copy(), Copy()
-    ring.write(ids(1, 2), ids(1, 2))
+    ring.write(ids(1, 2), ids(1, 2), ids(1, 2))
     ring.lend(slow)
-    ring.write(ids(3), ids(3))
+    ring.write(ids(3), ids(3), ids(3))
     ring.lend(other)
     assert not slow.waited
-    assert ring.write(ids(4, 5), ids(4, 5)) == ring.address
+    assert ring.write(ids(4, 5), ids(4, 5), ids(4, 5)) == 0
     assert slow.waited
     assert not other.waited
     ring.lend(Copy())
-    ring.write(ids(6), ids(6))
+    ring.write(ids(6), ids(6), ids(6))
     assert other.waited
 
 
 def test_ended_readers_are_forgotten() -> None:
     ring = IdRing(1 << 16)
     for _ in range(10 * MANY):
-        ring.write(ids(1), ids(1))
+        ring.write(ids(1), ids(1), ids(1))
         ring.lend(Copy(done=True))
         assert len(ring._lent) <= MANY + 1
 
@@ -110,7 +113,7 @@ def test_no_row_is_written_while_a_copy_reads_it(counts: list[int], ended: list[
     ring, copies = IdRing(33), list[tuple[Copy, int, int]]()
     for number, count in enumerate(counts):
         numbers = np.full(count, number)
-        start = (ring.write(numbers, numbers) - ring.address) // 16
+        start = ring.write(numbers, numbers, numbers)
         for copy, first, last in copies:
             assert copy.done or first == last or last <= start or first >= start + count
         copies.append((Copy(), start, start + count))

@@ -30,6 +30,7 @@ from kvortex.triton_kernels.paged_copy import Tiling, paged_copy
 from kvortex.triton_kernels.reference import paged_copy_reference
 
 NUM_SLOTS = 5
+POISON = -(1 << 62)
 GUARD = 48
 
 
@@ -60,7 +61,8 @@ class Setup:
         return [self.whole_host.clone(), *(memory.cpu().clone() for memory in memories.values())]
 
     def with_kernel(self, moves: list[tuple[int, int]], *, store: bool) -> None:
-        ids = torch.tensor(moves, dtype=torch.int64).reshape(-1, 2)
+        rows = [(*move, POISON) for move in moves]  # seeds, which a copy alone has no use for
+        ids = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
         self.with_ids(ids, len(moves), store=store)
 
     def with_ids(self, ids: torch.Tensor, count: int, *, store: bool, dense: bool = False) -> None:
@@ -214,7 +216,7 @@ def test_tiles_cover_the_longest_run(page_bytes: int) -> None:
 def test_dense_copies_ignore_the_slots(place: torch.device) -> None:
     """As between KV tensors and a staging buffer."""
     kernel, loops = setup(HND, place), setup(HND, place)
-    ids = torch.tensor([[4, 99], [0, -1], [2, 1 << 40]])
+    ids = torch.tensor([[4, 99, POISON], [0, -1, POISON], [2, 1 << 40, POISON]])
     for store in (True, False):
         kernel.with_ids(ids, 3, store=store, dense=True)
         loops.with_loops([(4, 0), (0, 1), (2, 2)], store=store)
@@ -255,7 +257,7 @@ def test_no_blocks_touch_nothing(place: torch.device, store: bool) -> None:
 def test_only_the_first_ids_count(place: torch.device) -> None:
     """The id page is longer than the list; what an earlier copy left in it must not be read."""
     kernel, loops = setup(HND, place), setup(HND, place)
-    ids = torch.tensor([[1, 2], [99, 99], [-7, 1 << 40]])
+    ids = torch.tensor([[1, 2, POISON], [99, 99, POISON], [-7, 1 << 40, POISON]])
     kernel.with_ids(ids, 1, store=True)
     loops.with_loops([(1, 2)], store=True)
     assert torch.equal(kernel.whole_host, loops.whole_host)

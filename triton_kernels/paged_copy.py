@@ -36,15 +36,13 @@ def _scrambled(x):
 
 
 @triton.jit
-def _of_chunks(
-    item, end, ids, runs, num_runs, chunks_per_run, COLUMNS: tl.constexpr, WORD: tl.constexpr
-):
+def _of_chunks(item, end, ids, runs, num_runs, chunks_per_run, WORD: tl.constexpr):
     """What must be known of chunks: all [ROWS], and of those from `end` on, that there are none."""
     i_run = item // chunks_per_run % num_runs
     i_block = item // chunks_per_run // num_runs
     live = item < end
-    block_id = tl.load(ids + i_block * COLUMNS, mask=live, other=0)
-    slot = tl.load(ids + i_block * COLUMNS + 1, mask=live, other=0)
+    block_id = tl.load(ids + i_block * 3, mask=live, other=0)
+    slot = tl.load(ids + i_block * 3 + 1, mask=live, other=0)
     base = tl.load(runs + i_run * 4)
     stride = tl.load(runs + i_run * 4 + 1)
     start = tl.load(runs + i_run * 4 + 2)
@@ -97,10 +95,13 @@ def _finish(ids, sums, checksums, verdicts, num_blocks, STORE: tl.constexpr):
             tl.store(verdicts + i, tl.full(i.shape, 1, tl.int8), mask=wrong)
 
 
-@triton.jit(do_not_specialize=["num_items", "num_runs", "chunks_per_run", "slot_bytes", "finish"])
+@triton.jit(
+    do_not_specialize=["num_items", "num_runs", "chunks_per_run", "slot_bytes", "finish"],
+    do_not_specialize_on_alignment=["ids", "verdicts"],  # of any row
+)
 def _paged_copy(
     runs,  # int64 [num_runs, 4]
-    ids,  # int64 [num_blocks, 2]: block id, slot; [num_blocks, 3] with a seed if SUM
+    ids,  # int64 [num_blocks, 3]: block id, slot, and what the block's checksum starts from
     slots,  # uint8 [num_slots, slot_bytes]
     sums,  # int64 [num_blocks, 2]: of words so far, and in the first row programs that ended
     checksums,  # int64 [num_slots]
@@ -126,7 +127,6 @@ def _paged_copy(
         dtype = tl.int16
     else:
         dtype = tl.int8
-    COLUMNS: tl.constexpr = 3 if SUM else 2
     # A chunk is cut into stripes, one below the other in a thread's registers: so a thread has to
     # do with one chunk only, and sums up its words without asking the others.
     STRIPES: tl.constexpr = 8 if CHUNK > 8 else CHUNK
@@ -140,7 +140,7 @@ def _paged_copy(
     end = tl.minimum((first_round + rounds) * ROWS, num_items)
     item = first_round * ROWS + tl.arange(0, ROWS)  # [ROWS], as everything of a chunk
     i_block, live, block_id, slot, base, stride, start, words = _of_chunks(
-        item, end, ids, runs, num_runs, chunks_per_run, COLUMNS, WORD
+        item, end, ids, runs, num_runs, chunks_per_run, WORD
     )
     if SUM:
         block_chunks = chunks_per_run * num_runs
@@ -179,7 +179,7 @@ def _paged_copy(
         # once: first to leave L2, so that the model's stay.
         item += ROWS
         i_block, live, block_id, slot, base, stride, start, words = _of_chunks(
-            item, end, ids, runs, num_runs, chunks_per_run, COLUMNS, WORD
+            item, end, ids, runs, num_runs, chunks_per_run, WORD
         )
         if COPY:
             if STORE:
@@ -246,8 +246,8 @@ def paged_copy(
     Args:
         runs: int64 (num_runs, 4) on the GPU: address in block 0, block stride, offset in a slot,
             bytes; all in bytes.
-        ids: int64 (at least num_blocks, 2), readable by the GPU: block id and slot; with `sums`
-            (at least num_blocks, 3), the seed of the block's checksum as well.
+        ids: int64 (at least num_blocks, 3), readable by the GPU: block id, slot, and the seed of
+            the block's checksum, which only `sums` asks for.
         slots: uint8 (num_slots, slot_bytes), readable and writable by the GPU.
         num_blocks: rows of `ids` to copy; none is allowed.
         tiling: how to cut the work.

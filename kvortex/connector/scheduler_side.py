@@ -117,6 +117,7 @@ class SchedulerSide:
         gauges = Gauges(
             slots=index.num_slots,
             resident_slots=index.resident,
+            quarantined_slots=index.quarantined,
             transfers_under_way=self.offload.num_pending,
             prefill_tokens_per_second=self.costs.prefill_tokens_per_s or 0.0,
             load_bytes_per_second=self.costs.load_bytes_per_s or 0.0,
@@ -230,7 +231,7 @@ class SchedulerSide:
                 continue
             self._loads.ended(flight.job)
             if flight.failed:
-                lost = round(self._loads.tokens(len(flight.blocks)))
+                lost = round(self._loads.tokens(len(flight.blocks) - min(flight.bad)))
                 self.offload.counters.miss(MissReason.FAILED, lost)
                 self._store_again()
 

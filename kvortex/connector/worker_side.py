@@ -18,6 +18,7 @@ from kvortex.disk_worker import DiskWorker
 from kvortex.free_memory import free_memory_bytes, require_free_memory
 from kvortex.host_pool import open_pool
 from kvortex.layout import make_layout
+from kvortex.verification import verification_of
 from kvortex.worker import open_copy_engine, open_worker
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class WorkerSide:
         self._layout = layout
         self._names_blocks = geometry.names_failed_blocks
         self._num_streams = config.num_cuda_streams
+        self._verification = verification_of(layout, config.verify)
         self._asleep = False
         num_slots = slots_in_pool(config, geometry.slot_bytes, geometry.num_ranks)
         size = num_slots * layout.slot_bytes
@@ -58,7 +60,9 @@ class WorkerSide:
                 store = _open_disk(config, geometry, layout, self._pool, vllm_config)
                 self._disk = opened.enter_context(store)
             disk = DiskWorker(self._disk) if self._disk is not None else None
-            self.worker = open_worker(layout, self._pool, config.num_cuda_streams, disk)
+            self.worker = open_worker(
+                layout, self._pool, self._num_streams, self._verification, disk
+            )
             opened.pop_all()
         logger.info(
             "KVortex: %.3g GiB of host RAM hold %d blocks, %d tokens, against %d tokens on %s",
@@ -83,7 +87,9 @@ class WorkerSide:
         return set() if self._names_blocks else failed
 
     def take_bad_blocks(self) -> set[int]:
-        """Those to tell vLLM of."""
+        """Those to tell vLLM of, which asks in the step that loaded them."""
+        if self._verification.on:
+            self.worker.await_loads()
         bad = self.worker.take_bad_blocks()
         return bad if self._names_blocks else set()
 
@@ -96,7 +102,9 @@ class WorkerSide:
     def wake_up(self) -> None:
         """The KV tensors are where they were, without their bytes. May be called twice."""
         if self._asleep:
-            engine = open_copy_engine(self._layout, self._pool, self._num_streams, warm_up=False)
+            engine = open_copy_engine(
+                self._layout, self._pool, self._num_streams, self._verification, warm_up=False
+            )
             self.worker.reopen(engine)
             self._asleep = False
 

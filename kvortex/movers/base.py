@@ -14,13 +14,23 @@ class Mover(ABC):
     """Puts copies of one direction on a stream and returns at once; called by one thread only."""
 
     @abstractmethod
-    def submit(self, block_ids: BlockIds, slots: BlockIds, stream: Handle) -> None:
+    def submit(
+        self,
+        block_ids: BlockIds,
+        slots: BlockIds,
+        seeds: BlockIds,
+        stream: Handle,
+        *,
+        summed: bool,
+    ) -> None:
         """Copy blocks after the stream's work so far; what it is given next comes after them.
 
         Args:
             block_ids: int64 (n,).
             slots: int64 (n,), the slot of each block.
+            seeds: int64 (n,), what the checksum of each block starts from.
             stream: of CUDA.
+            summed: keep the checksum of what is stored, or judge what is loaded.
 
         Raises:
             TransferError: some of it could not be launched.

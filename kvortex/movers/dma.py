@@ -1,4 +1,7 @@
-"""DmaMover: one descriptor of the copy engine for each contiguous stretch, all in one call."""
+"""DmaMover: one descriptor of the copy engine for each contiguous stretch, all in one call.
+
+A kernel sums up what is on the GPU's side of the copy, behind it on the same stream.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,34 @@ if TYPE_CHECKING:
     from kvortex.core import BlockIds
     from kvortex.cuda_driver import Addresses, Handle
     from kvortex.host_pool import HostPool
+    from kvortex.id_ring import IdRing
+    from kvortex.paged_kernel import PagedKernel
 
 
 class DmaMover(Mover):
-    """Takes no program of the GPU; good for runs of megabytes, poor below 64 KiB.
+    """Takes no program of the GPU but for sums; good for runs of megabytes, poor below 64 KiB.
 
     Args:
         direction: of every copy.
         runs: int64 (num_runs, 4) on the CPU, see `Layout.run_table`.
         pool: pinned.
+        kernel: that copies nothing; None if nothing is to be summed up.
+        programs: size of its grid.
+        ids: where it finds its ids.
     """
 
-    def __init__(self, direction: Direction, runs: torch.Tensor, pool: HostPool) -> None:
+    def __init__(
+        self,
+        direction: Direction,
+        runs: torch.Tensor,
+        pool: HostPool,
+        kernel: PagedKernel | None,
+        programs: int,
+        ids: IdRing,
+    ) -> None:
+        self._kernel = kernel
+        self._programs = programs
+        self._ids = ids
         self._store = direction is Direction.STORE
         self._base, self._stride, self._offset, self._size = runs.numpy().T.astype(np.uint64)
         self._slots = np.uint64(pool.address)
@@ -35,7 +54,29 @@ class DmaMover(Mover):
         self._piece_slots = pool.piece_slots
         self._driver = cuda_driver()
 
-    def submit(self, block_ids: BlockIds, slots: BlockIds, stream: Handle) -> None:
+    def submit(
+        self,
+        block_ids: BlockIds,
+        slots: BlockIds,
+        seeds: BlockIds,
+        stream: Handle,
+        *,
+        summed: bool,
+    ) -> None:
+        self._copy(block_ids, slots, stream)
+        if summed and self._kernel is not None and len(block_ids):
+            row = self._ids.write(block_ids, slots, seeds)
+            self._kernel.launch(
+                self._ids.address,
+                row,
+                int(self._slots),
+                len(block_ids),
+                self._programs,
+                stream,
+                summed=True,
+            )
+
+    def _copy(self, block_ids: BlockIds, slots: BlockIds, stream: Handle) -> None:
         ids, places = block_ids.astype(np.uint64)[:, None], slots.astype(np.uint64)[:, None]
         gpu = (self._base + ids * self._stride).ravel()
         host = (self._slots + places * self._slot_bytes + self._offset).ravel()

@@ -59,14 +59,17 @@ def open_movers(
     tiling = tiling_of(runs, pool.slot_bytes)
     movers: dict[str, Mover] = {}
     if ZERO_COPY in names:
-        kernel = PagedKernel(on_gpu, pool.bytes, tiling, direction, ids.rows)
+        kernel = PagedKernel(on_gpu, pool.bytes, tiling, direction, ids)
         movers[ZERO_COPY] = ZeroCopyMover(kernel, programs, pool.address, ids)
     if DMA in names:
-        movers[DMA] = DmaMover(direction, runs, pool)
+        judge = None
+        if ids.verdicts is not None:
+            judge = PagedKernel(on_gpu, pool.bytes, tiling, direction, ids, copy=False)
+        movers[DMA] = DmaMover(direction, runs, pool, judge, STAGED_PROGRAMS, ids)
     if STAGED in names:
         try:
             buffers = _buffers(layout, pool)
-            kernel = PagedKernel(on_gpu, buffers[0], tiling, direction, ids.rows, dense=True)
+            kernel = PagedKernel(on_gpu, buffers[0], tiling, direction, ids, dense=True)
             movers[STAGED] = StagedMover(
                 kernel, direction, buffers, STAGED_PROGRAMS, pool, ids, events
             )

@@ -72,11 +72,19 @@ class StagedMover(Mover):
         ]
         self._ready = events.take()
 
-    def submit(self, block_ids: BlockIds, slots: BlockIds, stream: Handle) -> None:
+    def submit(
+        self,
+        block_ids: BlockIds,
+        slots: BlockIds,
+        seeds: BlockIds,
+        stream: Handle,
+        *,
+        summed: bool,
+    ) -> None:
         if not len(slots):
             return
-        block_ids, slots = in_order_of_slots(block_ids, slots)
-        rows = self._ids.write(block_ids, slots)
+        block_ids, slots, seeds = in_order_of_slots(block_ids, slots, seeds)
+        row, ids = self._ids.write(block_ids, slots, seeds), self._ids.address
         self._driver.record(self._ready, stream)
         apart = (slots[1:] != slots[:-1] + 1) | (slots[1:] % self._piece_slots == 0)
         breaks = np.flatnonzero(apart) + 1
@@ -85,26 +93,26 @@ class StagedMover(Mover):
             end = start + self._chunk_blocks(start, len(slots) - start)
             buffer, way, _ = self._ways[turn % len(self._ways)]
             if turn == 1:
-                rows = self._send_ids(rows, len(slots), stream)
+                ids = self._send_ids(row, len(slots), stream)
             if turn <= len(self._ways):
                 self._driver.wait(way, self._ready)
             if self._store:
-                self._launch(rows + start * ROW_BYTES, buffer, end - start, way)
+                self._launch(ids, row + start, buffer, end - start, way, summed)
             self._copy(buffer, slots, start, end, breaks, way)
             if not self._store:
-                self._launch(rows + start * ROW_BYTES, buffer, end - start, way)
+                self._launch(ids, row + start, buffer, end - start, way, summed)
             start, turn = end, turn + 1
         for _, way, event in self._ways[:turn]:
             self._driver.record(event, way)
             self._driver.wait(stream, event)
 
-    def _send_ids(self, rows: int, count: int, stream: Handle) -> int:
+    def _send_ids(self, row: int, count: int, stream: Handle) -> int:
         """Copy ids to the GPU, after the first chunk: it need not wait for that.
 
-        Returns their address there, good once the event `_ready` is reached.
+        Returns the address of row 0 there, good once the event `_ready` is reached.
         """
-        near = self._near_ids.data_ptr() + rows - self._ids.address
-        self._driver.copy(near, rows, count * ROW_BYTES, stream)
+        near, offset = self._near_ids.data_ptr(), row * ROW_BYTES
+        self._driver.copy(near + offset, self._ids.address + offset, count * ROW_BYTES, stream)
         self._driver.record(self._ready, stream)
         return near
 
@@ -113,8 +121,10 @@ class StagedMover(Mover):
         size = max(self._least_blocks, min(done + self._least_blocks, left // 2))
         return min(size, left, self._most_blocks)
 
-    def _launch(self, rows: int, buffer: int, count: int, stream: Handle) -> None:
-        self._kernel.launch(rows, buffer, count, self._programs, stream)
+    def _launch(
+        self, ids: int, row: int, buffer: int, count: int, stream: Handle, summed: bool
+    ) -> None:
+        self._kernel.launch(ids, row, buffer, count, self._programs, stream, summed=summed)
 
     def _copy(
         self,
@@ -147,9 +157,11 @@ class StagedMover(Mover):
             self._driver.copy_batch(packed, hosts, sizes, stream)
 
 
-def in_order_of_slots(block_ids: BlockIds, slots: BlockIds) -> tuple[BlockIds, BlockIds]:
+def in_order_of_slots(
+    block_ids: BlockIds, slots: BlockIds, seeds: BlockIds
+) -> tuple[BlockIds, BlockIds, BlockIds]:
     """Neighbouring slots side by side, so that one DMA copy serves them."""
     if (slots[1:] > slots[:-1]).all():
-        return block_ids, slots
+        return block_ids, slots, seeds
     order = np.argsort(slots, kind="stable")
-    return block_ids[order], slots[order]
+    return block_ids[order], slots[order], seeds[order]

@@ -29,10 +29,30 @@ class ZeroCopyMover(Mover):
         self._slots = slots
         self._ids = ids
 
-    def submit(self, block_ids: BlockIds, slots: BlockIds, stream: Handle) -> None:
-        self.launch(self._ids.write(block_ids, slots), len(block_ids), stream)
+    def submit(
+        self,
+        block_ids: BlockIds,
+        slots: BlockIds,
+        seeds: BlockIds,
+        stream: Handle,
+        *,
+        summed: bool,
+    ) -> None:
+        row = self._ids.write(block_ids, slots, seeds)
+        self.launch(row, len(block_ids), stream, summed=summed)
 
-    def launch(self, rows: int, count: int, stream: Handle, runs: range | None = None) -> None:
+    def launch(
+        self, row: int, count: int, stream: Handle, *, summed: bool, runs: range | None = None
+    ) -> None:
         """Copy all runs, or those of one part of the run table, of blocks whose ids are written."""
         if count:
-            self._kernel.launch(rows, self._slots, count, self._programs, stream, runs)
+            self._kernel.launch(
+                self._ids.address,
+                row,
+                self._slots,
+                count,
+                self._programs,
+                stream,
+                summed=summed,
+                runs=runs,
+            )
