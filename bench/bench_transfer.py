@@ -29,6 +29,7 @@ from kvortex.cuda_ticket import CudaTicket, EventPool
 from kvortex.movers.factory import BUFFER_BYTES, STAGED_PROGRAMS
 from kvortex.spsc import SpscRing
 from kvortex.tune import Rig, median_seconds, rig
+from kvortex.verification import verification_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -200,7 +201,9 @@ def bandwidth(report: Report, memcpy: dict[str, float], device: torch.device, pa
 
 def as_calibrated(report: Report, memcpy: dict[str, float], machine_: Rig, page: int) -> None:
     """The engine with its own choice: 1 GiB and 64 MiB, each way and both ways at once."""
-    engine = CudaCopyEngine(machine_.layout, machine_.pool, 4)
+    engine = CudaCopyEngine(
+        machine_.layout, machine_.pool, 4, verification_of(machine_.layout, "always")
+    )
     ids, slots, half = machine_.block_ids, machine_.slots, machine_.num_blocks // 2
     few = max(1, SLOW_PATH_BYTES // machine_.pool.slot_bytes)
     scattered = np.random.default_rng(1).permutation(machine_.num_blocks)
@@ -271,7 +274,9 @@ def host_costs(report: Report, device: torch.device) -> None:
     """CPU time of submissions, beside that of the driver calls they cannot do without."""
     for page in (4 << 10, 64 << 10):  # blocks of 128 KiB and of 2 MiB
         with rig(device, page, page * 32 * 2048) as machine_:
-            engine = CudaCopyEngine(machine_.layout, machine_.pool, 4)
+            engine = CudaCopyEngine(
+                machine_.layout, machine_.pool, 4, verification_of(machine_.layout, "always")
+            )
             ids, slots = machine_.block_ids, machine_.slots
             for way in Direction:
                 one = timed_calls(partial(engine.copy, way, ids[:1], slots[:1]), 500)
@@ -317,7 +322,9 @@ def timed_calls(work: Callable[[], object], rounds: int) -> float:
 def latency(report: Report, memcpy: Memcpy, device: torch.device) -> None:
     """One block of 2 MiB, from submission to done, against one memcpy of as many bytes."""
     with rig(device, 32 << 10, 256 << 20, layers=64) as machine_:
-        engine = CudaCopyEngine(machine_.layout, machine_.pool, 4)
+        engine = CudaCopyEngine(
+            machine_.layout, machine_.pool, 4, verification_of(machine_.layout, "always")
+        )
         one, size = machine_.block_ids[:1], machine_.pool.slot_bytes
         for way in Direction:
             ours = until_done(partial(engine.copy, way, one, one), 101)
@@ -347,7 +354,9 @@ def gpu_costs(report: Report, device: torch.device) -> None:
     add("memcpy", GIB, partial(store_plainly, Memcpy(device), EventPool()))
     for page in (16 << 10, 64 << 10):
         with rig(device, page, GIB) as machine_:
-            engine = CudaCopyEngine(machine_.layout, machine_.pool, 4)
+            engine = CudaCopyEngine(
+                machine_.layout, machine_.pool, 4, verification_of(machine_.layout, "always")
+            )
             lane = machine_.lane(STORE, ZERO_COPY, 8)
             add(CHOSEN, page, partial(engine.copy, STORE, machine_.block_ids, machine_.slots))
             add(f"{CHOSEN} {ZERO_COPY}", page, partial(machine_.start, lane))

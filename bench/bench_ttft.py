@@ -63,13 +63,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--ways", nargs="+", default=[NONE, SIMPLE, NATIVE, KVORTEX])
+    parser.add_argument(
+        "--verify", nargs="+", default=["always"], help="of kvortex, each in a process of its own"
+    )
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768])
     parser.add_argument("--commit", default="", help="commit under test")
     parser.add_argument("--out", type=Path, default=Path("bench/results/ttft.csv"))
     args = parser.parse_args()
     facts = machine() | {"commit": args.commit}
-    config = KVortexConfig(ram_pool_gb=HOST_GIB)
-    for way in args.ways:
+    ways = [(way, mode) for way in args.ways for mode in (args.verify if way == KVORTEX else [""])]
+    for way, mode in ways:
+        config = KVortexConfig(ram_pool_gb=HOST_GIB, verify=mode or "always")
+        name = f"{way}, verify={mode}" if mode not in {"", "always"} else way
         task = Task(
             model=str(Path(args.model).absolute()),
             kv_transfer_config=kv_transfer_config(way, config),
@@ -78,13 +83,13 @@ def main() -> None:
             repeats=REPEATS,
         )
         try:
-            print(way, file=sys.stderr)
+            print(name, file=sys.stderr)
             found = run_task(task, lambda line: print(f"  {line}", file=sys.stderr))
         except BenchmarkError as error:
-            print(f"{way}: {error}", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
             continue
         for length in args.lengths:
-            measured = row(way, length, found)
+            measured = row(name, length, found)
             print(measured, flush=True)
             append(args.out, facts | measured)
 

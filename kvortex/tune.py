@@ -53,7 +53,6 @@ class Rig:
         page_bytes: of each layer.
         total_bytes: of all blocks together.
         layers: by default 32, less if there would be but a few blocks.
-        verify: as in KVortexConfig.
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class Rig:
         page_bytes: int,
         total_bytes: int = TOTAL_BYTES,
         layers: int | None = None,
-        verify: Verify = "always",
     ) -> None:
         self.layers = layers or (LAYERS if page_bytes * LAYERS * 8 <= total_bytes else 8)
         self.num_blocks = max(2, total_bytes // (page_bytes * self.layers))
@@ -78,16 +76,17 @@ class Rig:
         self.nbytes = self.num_blocks * self.layout.slot_bytes
         self.block_ids: BlockIds = np.random.default_rng(0).permutation(self.num_blocks)
         self.slots: BlockIds = np.arange(self.num_blocks)
-        self._verification = verification_of(self.layout, verify)
         self.events = EventPool()
         self._device = device
         self._entered = self.events.take()
         self._streams = {way: torch.cuda.Stream(device) for way in Direction}
 
-    def lane(self, direction: Direction, mover: str, programs: int) -> Lane:
-        """With a single mover and its own ids."""
-        rows = 4 * self.num_blocks
-        ids = open_ring(rows, self.pool, self._device, direction, self._verification)
+    def lane(
+        self, direction: Direction, mover: str, programs: int, verify: Verify = "always"
+    ) -> Lane:
+        """With a single mover and its own ids; `verify` as in KVortexConfig."""
+        rows, verification = 4 * self.num_blocks, verification_of(self.layout, verify)
+        ids = open_ring(rows, self.pool, self._device, direction, verification)
         movers = open_movers(self.layout, self.pool, direction, {mover}, programs, ids, self.events)
         stream = self._streams[direction].cuda_stream
         return Lane(direction, [stream], movers, ids, self.events, self.num_blocks)
@@ -140,10 +139,9 @@ def rig(
     page_bytes: int,
     total_bytes: int = TOTAL_BYTES,
     layers: int | None = None,
-    verify: Verify = "always",
 ) -> Iterator[Rig]:
-    """A Rig for the length of a `with` block; `verify` as in KVortexConfig."""
-    opened = Rig(device, page_bytes, total_bytes, layers, verify)
+    """A Rig for the length of a `with` block."""
+    opened = Rig(device, page_bytes, total_bytes, layers)
     try:
         yield opened
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from engines import (
 
 from kvortex import KVortexConfig
 from kvortex.core import ConfigError, Direction
+from kvortex.verification import Turns
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,12 +92,53 @@ def test_every_whole_block_comes_back_and_output_is_equal(
         connector(llm)._scheduler.offload.tier.index.check()
 
 
+@pytest.mark.parametrize("runner", ["0", pytest.param("1", marks=[pytest.mark.gpu, NO_CUDA])])
+@pytest.mark.parametrize("apart", [False, True])
+def test_flipped_bits_cost_time_only(
+    tiny_model: str,
+    expected: list[list[int]],
+    runner: str,
+    apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In host memory, while conversations return: every answer is right, and each is counted."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    draw, asked, flipped = random.Random(7), prompts(LENGTHS), 0
+    with running(tiny_model, 0.5) as llm:
+        side = connector(llm)._scheduler
+        if apart:
+            monkeypatch.setattr(type(side.costs), "pauses", lambda *_: True)
+            side._loads.running = 1
+        index, pool = side.offload.tier.index, worker_of_this_process()._copy_engine.pool
+        load, loaded = side.offload.load, set[bytes]()
+
+        def noted(keys: Any, *where: Any) -> Any:
+            loaded.update(keys)
+            return load(keys, *where)
+
+        monkeypatch.setattr(side.offload, "load", noted)
+        for _ in range(2):
+            assert answers(llm, asked)[0] == expected
+            reset_gpu(llm)
+        for _ in range(4):
+            for key in draw.sample(sorted(loaded), 3):
+                slot, bit = index.get(key).slot, 1 << draw.randrange(8)
+                pool.bytes[slot, draw.randrange(pool.slot_bytes)] ^= bit
+            assert answers(llm, asked)[0] == expected
+            flipped += 3
+            reset_gpu(llm)
+            assert counters(llm)["corrupt_blocks"] == index.quarantined == flipped
+        assert answers(llm, asked) == (expected, whole_blocks(LENGTHS))
+        index.check()
+
+
 def test_wrong_bytes_change_the_output(tiny_model: str, expected: list[list[int]]) -> None:
     """The control: were the bytes not what they should be, the tests above would notice."""
     with running(tiny_model, 0.5) as llm:
         asked = prompts(LENGTHS)
         answers(llm, asked)
         worker_of_this_process()._copy_engine.pool.bytes.zero_()
+        worker_of_this_process()._copy_engine._turns = Turns(None)
         llm.reset_prefix_cache()
         assert answers(llm, asked)[0] != expected
 

@@ -356,6 +356,24 @@ def test_a_failed_load(commanded: Make) -> None:
     assert made.engine.stats()["failed_loads"] == 1
 
 
+def test_changed_bytes_are_no_load(
+    kv: dict[str, torch.Tensor], open_engine: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = open_engine()
+    engine.save_blocks([A, B], [0, 1]).wait()
+    block = engine._scheduler.tier.lookup(A)
+    assert block is not None
+    engine._pool.bytes[block.slot, 3] ^= 1
+    with pytest.raises(TransferError, match="the load of 2 blocks failed"):
+        engine.load_blocks([A, B], [2, 3]).wait()
+    assert engine.check_blocks([A, B]) == [False, True]
+    stats = engine.stats()
+    assert (stats["corrupt_blocks"], stats["quarantined_slots"], stats["total_slots"]) == (1, 1, 3)
+    engine.load_blocks([B], [4]).wait()
+    assert block_bytes(kv, 4) == block_bytes(kv, 1)
+    assert caplog.text.count("other bytes than were stored") == 1
+
+
 @pytest.mark.parametrize("verb", ["save", "load"])
 def test_a_copy_that_cannot_start(commanded: Make, verb: str) -> None:
     made = commanded()

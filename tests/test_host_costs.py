@@ -68,9 +68,12 @@ def test_storing_into_a_full_pool(benchmark: BenchmarkFixture, policy: str) -> N
 def test_submission(benchmark: BenchmarkFixture, direction: Direction, blocks: int) -> None:
     from kvortex.cuda_copy_engine import CudaCopyEngine
     from kvortex.tune import rig
+    from kvortex.verification import verification_of
 
     with rig(torch.device("cuda", 0), 4096, 4096 * 32 * 2048) as machine:
-        engine = CudaCopyEngine(machine.layout, machine.pool, 4)
+        engine = CudaCopyEngine(
+            machine.layout, machine.pool, 4, verification_of(machine.layout, "always")
+        )
         ids, slots = machine.block_ids[:blocks], machine.slots[:blocks]
         benchmark.pedantic(  # type: ignore[no-untyped-call]
             partial(engine.copy, direction, ids, slots),

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvortex.checksum import seed_of
 from kvortex.core import Job, StepReport
+from kvortex.metrics import MissReason
 from kvortex.policies import LRU
 from kvortex.prefix_match import Reach, longest_prefix
 from kvortex.scheduler import OffloadScheduler
@@ -177,6 +179,69 @@ def test_failed_load_forgets_its_keys_only() -> None:
     assert [match(keeper, [key]) for key in (A, B, C)] == [0, 0, 1]
     assert counts(keeper) == (3, 0, 1)
     assert (keeper.counters.failed_loads, keeper.counters.loaded_blocks) == (2, 0)
+
+
+def corrupt(job: Job, *positions: int) -> StepReport:
+    return StepReport({job.id: 1}, corrupt={job.id: frozenset(positions)})
+
+
+def test_a_corrupt_block_is_forgotten_and_its_slot_used_no_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    keeper = scheduler()
+    stored(keeper, A, B, C)
+    load = planned_load(keeper, [A, B, C], [0, 1, 2])
+    slot = int(load.slots[1])
+    (flight,) = keeper.settle(corrupt(load, 1))
+    assert (flight.failed, flight.bad, flight.corrupt) == (True, {1}, {1})
+    assert [match(keeper, [key]) for key in (A, B, C)] == [1, 0, 1]
+    assert counts(keeper) == (1, 0, 2)
+    assert (keeper.tier.index.num_slots, keeper.tier.index.quarantined) == (3, 1)
+    counted = keeper.counters
+    assert (counted.corrupt_blocks, counted.failed_loads, counted.loaded_blocks) == (1, 1, 2)
+    assert keeper.why_missing(B) is MissReason.FAILED
+    for number in range(20):
+        again = planned_store(keeper, [b"%d" % number], [number])
+        assert slot not in again.slots.tolist()
+        keeper.settle(report(again))
+    load = planned_load(keeper, [b"19"], [3])
+    keeper.settle(corrupt(load, 0))
+    assert counts(keeper) == (0, 0, 2)
+    (record,) = [one for one in caplog.records if "other bytes" in one.getMessage()]
+    assert B.hex() in record.getMessage()
+    assert f"host slot {slot}" in record.getMessage()
+
+
+def test_a_corrupt_block_that_was_evicted_meanwhile_is_quarantined_too() -> None:
+    keeper = scheduler(num_slots=2)
+    stored(keeper, A, B)
+    load = planned_load(keeper, [A], [0])
+    keeper.reset()
+    keeper.settle(corrupt(load, 0))
+    assert counts(keeper) == (1, 0, 0)
+    assert keeper.tier.index.quarantined == 1
+
+
+def test_corrupt_on_one_rank_is_corrupt() -> None:
+    keeper = scheduler(num_ranks=2)
+    stored(keeper, A, B)
+    load = planned_load(keeper, [A, B], [0, 1])
+    under_way = planned_store(keeper, [C], [2])
+    keeper.settle(report(load).merge(corrupt(load, 0)).merge(report(under_way)))
+    assert [match(keeper, [key]) for key in (A, B)] == [0, 1]
+    (flight,) = keeper.settle(report(under_way))
+    assert flight.discard  # it may have read what the forward computed from wrong bytes
+
+
+def test_each_key_starts_its_checksum_elsewhere() -> None:
+    keeper = scheduler()
+    job = planned_store(keeper, [A, B], [0, 1])
+    assert job.seeds is not None
+    assert job.seeds.tolist() == [seed_of(A), seed_of(B)]
+    keeper.settle(report(job))
+    load = planned_load(keeper, [B], [5])
+    assert load.seeds is not None
+    assert load.seeds.tolist() == [seed_of(B)]
 
 
 def test_layers_that_did_not_wait_doom_every_store_under_way() -> None:

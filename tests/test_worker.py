@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from doubles import CommandedCopyEngine, commanded
+import torch
+from doubles import CommandedCopyEngine, commanded, open_commanded
 
 from kvortex.core import Direction, Job, StepPlan, StepReport
 from kvortex.host_pool import HostPool
+from kvortex.layout import make_layout
+from kvortex.verification import verification_of
 from kvortex.worker import Worker
 
 
@@ -137,6 +140,46 @@ def test_a_load_that_fails_later_is_data(engine: CommandedCopyEngine) -> None:
     engine.tickets[1].finish()
     assert worker.report() == StepReport(finished(1, 2), frozenset({1}))
     assert worker.take_bad_blocks() == {4}
+
+
+def verifying(num_slots: int = 8) -> CommandedCopyEngine:
+    layout = make_layout({"a": torch.arange(128, dtype=torch.uint8).view(8, 16)})
+    pool = HostPool(num_slots, layout.slot_bytes, pinned=False)
+    return open_commanded(layout, pool, 1, verification_of(layout, "always"))
+
+
+def test_corrupt_blocks_are_named_and_good_ones_are_not() -> None:
+    engine = verifying()
+    worker = running(engine)
+    worker.begin(StepPlan(stores=(job(1, (0, 5), (1, 6), (2, 7)),), has_forward=False))
+    engine.tickets[0].finish()
+    worker.report()
+    engine.pool.bytes[6] += 1
+    worker.begin(StepPlan(loads=(job(2, (4, 5), (5, 6)), job(3, (6, 7)))))
+    engine.tickets[1].finish()
+    worker.await_loads()
+    assert worker.take_bad_blocks() == {5}
+    assert worker.report() == StepReport(finished(2, 3), corrupt={2: frozenset({1})})
+    assert worker.report() == StepReport()
+    assert worker.take_bad_blocks() == set()
+
+
+def test_a_request_whose_own_load_is_corrupt_has_failed() -> None:
+    engine = verifying()
+    worker = running(engine)
+    worker.begin(StepPlan(stores=(job(1, (0, 5)),), has_forward=False))
+    engine.tickets[0].finish()
+    worker.report()
+    nothing = np.array([], np.int64)
+    wrong_key = Job(2, np.array([4]), np.array([5]), "r", np.array([17]))
+    worker.begin(StepPlan(loads=(wrong_key, Job(3, nothing, nothing, "s"))))
+    worker.await_loads()  # not for those that no forward waits for
+    assert worker.take_arrived() == {"s"}
+    engine.tickets[1].finish()
+    assert worker.take_arrived() == {"r"}
+    assert worker.take_failed_requests() == {"r"}
+    assert worker.take_bad_blocks() == {4}
+    assert worker.report().corrupt == {2: frozenset({0})}
 
 
 def test_a_store_that_fails_later_is_data(engine: CommandedCopyEngine) -> None:

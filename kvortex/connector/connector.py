@@ -28,6 +28,7 @@ from kvortex.connector.geometry import geometry_of, unsupported
 from kvortex.connector.hooks import hooked_layers
 from kvortex.connector.messages import PlanMessage, ReportMessage
 from kvortex.connector.scheduler_side import SchedulerSide
+from kvortex.connector.second_runner import SecondRunner
 from kvortex.connector.stats import Changes, KVortexPromMetrics, KVortexStats
 from kvortex.connector.worker_side import WorkerSide
 from kvortex.core import ConfigError, KVortexError
@@ -100,8 +101,12 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             self._warn(reason)
             if self._geometry is not None:
+                second = getattr(vllm_config, "use_v2_model_runner", False)
                 self._scheduler = SchedulerSide(
-                    self._config, self._geometry, outlives=self._outlives(vllm_config)
+                    self._config,
+                    self._geometry,
+                    outlives=self._outlives(vllm_config),
+                    second_runner=SecondRunner(vllm_config) if second else None,
                 )
                 told = vllm_config.kv_events_config
                 if told is not None and told.enable_kv_cache_events:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from kvortex.config import KVortexConfig
     from kvortex.connector.explanation import Explanation
     from kvortex.connector.geometry import Geometry
+    from kvortex.connector.second_runner import SecondRunner
     from kvortex.connector.steps_under_way import Row
     from kvortex.core import BlockKey
 
@@ -59,13 +60,21 @@ class SchedulerSide:
         config: of the connector.
         geometry: of the KV cache.
         outlives: whether what is on disk can be found, and is right, after a restart.
+        second_runner: of vLLM, if it has that.
 
     Raises:
         ConfigError: a pool without a slot, a policy that is not installed, a trace that cannot be
             written.
     """
 
-    def __init__(self, config: KVortexConfig, geometry: Geometry, *, outlives: bool = True) -> None:
+    def __init__(
+        self,
+        config: KVortexConfig,
+        geometry: Geometry,
+        *,
+        outlives: bool = True,
+        second_runner: SecondRunner | None = None,
+    ) -> None:
         ranks = geometry.num_ranks
         host = _tier(config, slots_in_pool(config, geometry.slot_bytes, ranks))
         disk = None
@@ -93,6 +102,7 @@ class SchedulerSide:
         self._clock = StepClock()
         self._recorder = _open_recorder(config, geometry)
         self._steps = StepsUnderWay(geometry.block_tokens)
+        self._second_runner = second_runner
         self._store_bytes_per_s: float | None = None
 
     def tell_events(self) -> HostEvents:
@@ -180,6 +190,7 @@ class SchedulerSide:
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """Plan to store every block that this step completes."""
         rows = list(self._advance(output))
+        self._tell_runner(output)
         self._store(
             [
                 block
@@ -287,6 +298,14 @@ class SchedulerSide:
             if wrong:
                 tracked.compute_again(min(wrong) * self._block_tokens)
         self._store_again()
+
+    def _tell_runner(self, output: SchedulerOutput) -> None:
+        """Of requests that went back: vLLM's first model runner sees for itself."""
+        again = [tracked for tracked in self._tracked.values() if tracked.went_back]
+        if again and self._second_runner is not None:
+            self._second_runner.hand_over(output, again)
+        for tracked in again:
+            tracked.went_back = tracked.request.request_id not in output.num_scheduled_tokens
 
     def _drop_preempted(self, output: SchedulerOutput) -> None:
         """vLLM keeps a token that it has not seen yet of a request that it preempts, even if it
