@@ -255,6 +255,27 @@ def test_check_finds_a_lost_slot() -> None:
         index.check()
 
 
+def test_check_finds_a_slot_past_the_limit() -> None:
+    index = Index(6)
+    index.limit(4)
+    index.open(2)
+    index.check()
+    index._closed[index._closed.index(3)] = 4
+    with pytest.raises(AssertionError):
+        index.check()
+
+
+def test_check_finds_a_slot_that_was_not_opened() -> None:
+    index = Index(4)
+    index.open(2)
+    index.check()
+    index._closed.remove(2)
+    index._free.append(2)
+    index.num_slots += 1
+    with pytest.raises(AssertionError):
+        index.check()
+
+
 VERBS = st.sampled_from(["reserve", "publish", "abort", "forget", "pin", "unpin"])
 
 

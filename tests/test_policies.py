@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvortex.plugins import load_policy, policy_names
 from kvortex.policies import ADMISSIONS, Place
+from kvortex.policies.adaptive import Adaptive
 from kvortex.policies.ghosts import Ghosts
 from kvortex.policies.miniature import Miniature, Sample
 from kvortex.policies.reuse import LEAST_WATCHED, MOST_WATCHED, ReuseDistance
@@ -103,6 +104,15 @@ def _victims(name: str, steps: list[Step]) -> list[bytes | None]:
 @pytest.mark.parametrize("name", policy_names())
 def test_capacity_is_told(name: str) -> None:
     assert load_policy(name, 123).capacity == 123
+
+
+@pytest.mark.parametrize("name", ADMISSIONS)
+def test_capacity_is_told_to_filters(name: str) -> None:
+    assert ADMISSIONS[name](17).capacity == 17
+
+
+def test_always_is_always() -> None:
+    assert ADMISSIONS["always"](1).admit(b"a", Place())
 
 
 @pytest.mark.parametrize("name", ["lru", "fifo"])
@@ -264,6 +274,32 @@ def test_sketch_counts_few_keys_exactly(numbers: list[int]) -> None:
     assert [sketch.count(bytes([n])) for n in range(6)] == [seen[n] for n in range(6)]
 
 
+def number_key(number: int) -> bytes:
+    return number.to_bytes(2, "big")
+
+
+def test_sketch_counts_to_fifteen_and_forgets_half_again_and_again() -> None:
+    sketch = FrequencySketch(100)
+    others = map(number_key, range(2000))
+    for _ in range(20):
+        sketch.add(b"often")
+    assert sketch.count(b"often") == 15
+    for sightings, then in ((1000 - 20, 7), (500, 3), (500, 1)):
+        before = sketch.count(b"often")
+        for _ in range(sightings - 1):
+            sketch.add(next(others))
+        assert sketch.count(b"often") == before
+        sketch.add(next(others))
+        assert sketch.count(b"often") == then
+
+
+def test_sketch_tells_as_many_keys_apart_as_the_pool_has_blocks() -> None:
+    sketch, keys = FrequencySketch(100), [number_key(number) for number in range(100)]
+    for key in keys:
+        sketch.add(key)
+    assert [sketch.count(key) for key in keys] == [1] * 100
+
+
 def test_wtinylfu_keeps_what_was_seen_more_often() -> None:
     policy = load_policy("wtinylfu", 10)
     for number in range(10):
@@ -276,6 +312,28 @@ def test_wtinylfu_keeps_what_was_seen_more_often() -> None:
         policy.hit(b"new")
     assert policy.evict(none_pinned) != b"new"
     assert b"new" in drain(policy)
+
+
+@pytest.mark.parametrize(("capacity", "leaves"), [(150, 149), (200, 0)])
+def test_wtinylfu_spares_what_is_new_while_its_window_has_room(capacity: int, leaves: int) -> None:
+    """Of 150 blocks the window has one, of 200 two."""
+    policy = load_policy("wtinylfu", capacity)
+    for number in range(capacity):
+        policy.insert(number_key(number))
+    if capacity == 200:
+        policy.remove(number_key(198))
+    assert policy.evict(none_pinned) == number_key(leaves)
+
+
+def test_wtinylfu_protects_four_fifths_of_its_main_part() -> None:
+    policy = load_policy("wtinylfu", 10)
+    for number in range(10):
+        policy.insert(number_key(number))
+    for number in range(8):  # of which seven are protected: the first is on probation again
+        policy.hit(number_key(number))
+    assert policy.evict(lambda key: key == number_key(9)) == number_key(8)
+    policy.insert(number_key(10))
+    assert policy.evict(lambda key: key == number_key(10)) == number_key(0)
 
 
 def test_history_is_void_after_remove() -> None:
@@ -434,3 +492,32 @@ def test_adaptive_learns_that_last_blocks_do_not_return() -> None:
             keys = [f"{number}.{i}".encode() for i in range(4)] + [f"{number}.{turn}e".encode()]
             stored = [admission.admit(key, Place(i, 5)) for i, key in enumerate(keys)]
     assert stored == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("one_in", "stored"),
+    [
+        pytest.param(1000, False, id="never"),
+        pytest.param(20, False, id="seldom"),
+        pytest.param(5, True, id="often"),
+    ],
+)
+def test_adaptive_judges_last_blocks_once_32_were_seen(one_in: int, stored: bool) -> None:
+    """By how many of them return, while all first blocks do."""
+    admission, answers = ADMISSIONS["adaptive"](100_000), []
+    for number in range(200):
+        first, last = f"{number}.0".encode(), f"{number}.1".encode()
+        admission.admit(first, Place(0, 2))
+        answers.append(admission.admit(last, Place(1, 2)))
+        for key in (first, last) if number % one_in == 1 else (first,):
+            admission.admit(key, Place())
+    assert answers[:31] == [True] * 31
+    assert answers[31] is answers[-1] is stored
+
+
+def test_what_is_used_enters_every_miniature() -> None:
+    admission = Adaptive(1)
+    admission.admit(b"a", Place())
+    for _ in range(3):
+        admission.hit(b"b")
+    assert [rival.hits for rival in admission._rivals] == [2, 2, 2]
