@@ -7,8 +7,10 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
+from budget import budget
 from hypothesis import given
 from hypothesis import strategies as st
+from sequences import up_to
 
 from kvortex.plugins import load_policy, policy_names
 from kvortex.policies import ADMISSIONS, Place
@@ -24,13 +26,13 @@ if TYPE_CHECKING:
     from kvortex.policies import EvictionPolicy
 
 Step = tuple[str, int, frozenset[int]]
-STEPS = st.lists(
+STEPS = up_to(
+    80,
     st.tuples(
         st.sampled_from(["insert", "hit", "evict", "remove"]),
         st.integers(0, 7),
-        st.frozensets(st.integers(0, 7), max_size=8),
+        st.integers(0, 255).map(lambda bits: frozenset(n for n in range(8) if bits >> n & 1)),
     ),
-    max_size=80,
 )
 
 
@@ -50,6 +52,7 @@ def drain(policy: EvictionPolicy) -> list[bytes]:
 @pytest.mark.parametrize("name", policy_names())
 @pytest.mark.fuzz
 @given(steps=STEPS)
+@budget(30)
 def test_contract(name: str, steps: list[Step]) -> None:
     policy = load_policy(name, 8)
     resident: set[bytes] = set()
@@ -77,6 +80,7 @@ def test_contract(name: str, steps: list[Step]) -> None:
 @pytest.mark.parametrize("name", policy_names())
 @pytest.mark.fuzz
 @given(steps=STEPS)
+@budget(10)
 def test_same_steps_same_victims(name: str, steps: list[Step]) -> None:
     """A policy that drew lots could not be replayed."""
     assert _victims(name, steps) == _victims(name, steps)
@@ -118,6 +122,7 @@ def test_always_is_always() -> None:
 @pytest.mark.parametrize("name", ["lru", "fifo"])
 @pytest.mark.fuzz
 @given(steps=STEPS)
+@budget(30)
 def test_queues_equal_a_list(name: str, steps: list[Step]) -> None:
     policy, order = load_policy(name, 8), list[bytes]()
     for verb, number, pinned in steps:
@@ -142,6 +147,7 @@ def test_queues_equal_a_list(name: str, steps: list[Step]) -> None:
 
 @pytest.mark.fuzz
 @given(steps=STEPS)
+@budget(30)
 def test_lfu_equals_a_table_of_weights(steps: list[Step]) -> None:
     """Least uses plus age first; among equals, the one that reached the weight first."""
     policy, age = load_policy("lfu", 8), 0
@@ -167,6 +173,7 @@ def test_lfu_equals_a_table_of_weights(steps: list[Step]) -> None:
 
 @pytest.mark.fuzz
 @given(steps=STEPS)
+@budget(30)
 def test_sieve_equals_a_list_with_a_hand(steps: list[Step]) -> None:
     """One list, oldest first, and the index of the hand; keys that are pinned keep their mark."""
     policy, order, used, hand = load_policy("sieve", 8), list[bytes](), set[bytes](), 0
@@ -208,6 +215,29 @@ def test_sieve_goes_round_before_the_next_key_comes() -> None:
     assert policy.evict(none_pinned) == b"a"
 
 
+def test_sieve_marks_what_its_hand_has_passed() -> None:
+    policy = load_policy("sieve", 3)
+    for key in (b"a", b"b", b"c"):
+        policy.insert(key)
+    policy.hit(b"a")
+    assert policy.evict(none_pinned) == b"b"
+    policy.hit(b"a")  # behind the hand
+    policy.remove(b"a")
+    assert drain(policy) == [b"c"]
+
+
+@pytest.mark.parametrize(("hits", "leaves"), [(1, b"a"), (2, b"c")])
+def test_lfu_takes_a_use_for_what_one_generation_is_worth(hits: int, leaves: bytes) -> None:
+    policy = load_policy("lfu", 8)
+    policy.insert(b"a")
+    for _ in range(hits):
+        policy.hit(b"a")
+    policy.insert(b"b")
+    assert policy.evict(none_pinned) == b"b"
+    policy.insert(b"c")  # as much as a, with a use, which waits longer
+    assert policy.evict(none_pinned) == leaves
+
+
 def test_arc_shifts_towards_the_ghosts_that_return() -> None:
     policy = load_policy("arc", 2)
     for key in (b"a", b"b"):
@@ -239,6 +269,15 @@ def test_mq_steps_down_after_a_life() -> None:
     assert number > 3 + 4
 
 
+def test_mq_counts_more_uses_than_it_has_queues_for() -> None:
+    policy = load_policy("mq", 1000)
+    policy.insert(b"a")
+    for _ in range(500):
+        policy.hit(b"a")
+    policy.insert(b"b")
+    assert drain(policy) == [b"b", b"a"]
+
+
 def test_mq_remembers_the_uses_of_what_left() -> None:
     policy = load_policy("mq", 4)
     policy.insert(b"a")
@@ -262,7 +301,8 @@ def test_s3fifo_lets_what_is_seen_once_pass() -> None:
 
 
 @pytest.mark.fuzz
-@given(numbers=st.lists(st.integers(0, 5), max_size=300))
+@given(numbers=up_to(300, st.integers(0, 5)))
+@budget(30)
 def test_sketch_counts_few_keys_exactly(numbers: list[int]) -> None:
     """Up to fifteen; every count is halved after ten times the capacity of sightings."""
     sketch, seen, since = FrequencySketch(16), Counter[int](), 0
@@ -400,7 +440,7 @@ def test_reuse_distance_watches_fewer_keys_of_a_large_pool() -> None:
 
 @pytest.mark.parametrize("name", ADMISSIONS)
 @pytest.mark.fuzz
-@given(accesses=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), max_size=200))
+@given(accesses=up_to(200, st.tuples(st.integers(0, 30), st.integers(0, 5))))
 def test_filters_keep_little(name: str, accesses: list[tuple[int, int]]) -> None:
     admission = ADMISSIONS[name](4)
     for number, position in accesses:
@@ -411,7 +451,7 @@ def test_filters_keep_little(name: str, accesses: list[tuple[int, int]]) -> None
 @pytest.mark.fuzz
 @given(
     count=st.integers(1, 8),
-    steps=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 400)), max_size=200),
+    steps=up_to(200, st.tuples(st.integers(0, 20), st.integers(0, 400))),
 )
 def test_ghosts_equal_a_list(count: int, steps: list[tuple[int, int]]) -> None:
     """Of no more keys than share one place none is lost."""
