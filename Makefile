@@ -57,7 +57,7 @@ coverage: .venv/ready
 
 # Which small mistakes in index, tiers and policies no test would notice: ARGS="kvortex.tiers*".
 mutants: .venv/ready
-	$(BIN)/mutmut run $(ARGS)
+	HYPOTHESIS_PROFILE=mutants $(BIN)/mutmut run $(ARGS)
 	$(BIN)/mutmut results
 
 soak: .venv/ready

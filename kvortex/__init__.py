@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
 
-from kvortex.config import KVortexConfig
-from kvortex.core import (
-    BlockNotFoundError,
-    ClosedError,
-    ConfigError,
-    InvalidBlockError,
-    KVortexError,
-    LayoutError,
-    PoolAllocationError,
-    TransferError,
-)
-
+TYPE_CHECKING = False  # type checkers know the name, and importing `typing` takes its time
 if TYPE_CHECKING:
+    from kvortex.config import KVortexConfig
+    from kvortex.core import (
+        BlockNotFoundError,
+        ClosedError,
+        ConfigError,
+        InvalidBlockError,
+        KVortexError,
+        LayoutError,
+        PoolAllocationError,
+        TransferError,
+    )
     from kvortex.engine import KVortexEngine, Transfer
 
 __version__ = "0.1.0"
@@ -36,10 +36,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Import the engine, and torch with it, only when it is asked for."""
-    if name in ("KVortexEngine", "Transfer"):
-        from kvortex import engine
+_HOMES = {"KVortexConfig": "config", "KVortexEngine": "engine", "Transfer": "engine"}
+"""Modules of the names above; those of errors are in `core`."""
 
-        return getattr(engine, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for only then: torch comes with the engine, pydantic with settings."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"kvortex.{_HOMES.get(name, 'core')}"), name)

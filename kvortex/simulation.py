@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvortex.core import ConfigError
+from kvortex.picture_file import save_picture
 from kvortex.plugins import load_admission, load_policy
 from kvortex.simulator import CLAIRVOYANT, Outcome, replay
 from kvortex.trace import read_trace
@@ -109,12 +110,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot {path}: {error}") from None
-    finally:
-        pyplot.close(figure)
+    save_picture(figure, path)
 
 
 @contextmanager

@@ -101,7 +101,7 @@ class Adaptive(AdmissionFilter):
         """Seldom against what comes again of all new blocks."""
         if self._last_seen < LAST_SAMPLE:
             return False
-        usual = self._again / max(1.0, sum(self._new) + self._last_seen)
+        usual = self._again / (sum(self._new) + self._last_seen)
         return self._last_again / self._last_seen < usual / 4
 
     def _decide(self) -> None:

@@ -59,7 +59,7 @@ class WTinyLFU(EvictionPolicy):
         if candidate is not None and len(self._window) < self._window_size and victim is not None:
             candidate = None  # the window has room for what comes
         if candidate is None or victim is None:
-            leaving = candidate or victim or oldest[0]
+            leaving = candidate or victim
         elif self._sketch.count(candidate) > self._sketch.count(victim):
             del self._window[candidate]
             self._probation[candidate] = None

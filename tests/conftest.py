@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +32,8 @@ sys.path.insert(
 RELAXED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 DRAWN = settings(max_examples=100, deadline=None, suppress_health_check=RELAXED, print_blob=True)
 settings.register_profile("ci", DRAWN, derandomize=True, database=None)
+UNSHRUNK = [Phase.explicit, Phase.generate]  # of a mutant it is enough to know that it fails
+settings.register_profile("mutants", DRAWN, derandomize=True, database=None, phases=UNSHRUNK)
 settings.register_profile("fuzz", DRAWN)  # with fresh seeds: `make fuzz` goes round and round
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
@@ -107,3 +109,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     make_tiny_model(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_model: str) -> list[list[int]]:
+    """Outputs of a vLLM without KVortex, one prompt at a time."""
+    from engines import LENGTHS, answers, prompts, running
+
+    with running(tiny_model, None) as llm:
+        return [answers(llm, [prompt])[0][0] for prompt in prompts(LENGTHS)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvortex import KVortexConfig
 from kvortex.core import Direction, TransferError
+from kvortex.verification import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,6 +17,30 @@ if TYPE_CHECKING:
     from kvortex.core import BlockIds
 
 BLOCK = 32
+LENGTHS = [
+    1,
+    31,
+    32,
+    33,
+    63,
+    64,
+    65,
+    96,
+    97,
+    128,
+    150,
+    200,
+    255,
+    256,
+    257,
+    333,
+    400,
+    512,
+    777,
+    1000,
+]
+LENGTHS += [1500, 2048]
+"""Of the prompts whose outputs are the fixture `expected`."""
 
 
 def prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
@@ -50,10 +75,10 @@ def running(model: str, ram_pool_gb: float | None, **settings: Any) -> Iterator[
         gc.collect()
 
 
-def reset_gpu(llm: Any) -> None:
+def reset_gpu(llm: Any, *, reset_connector: bool = False) -> None:
     """Empty the GPU's prefix cache once no store reads from it: until then vLLM refuses."""
     for _ in range(100):
-        if llm.reset_prefix_cache():
+        if llm.reset_prefix_cache(reset_connector=reset_connector):
             return
         answers(llm, prompts([4]), tokens=2)  # the engine takes no step for nobody
     raise AssertionError("vLLM does not reset its prefix cache")
@@ -88,6 +113,15 @@ def fail_copies(
 
     monkeypatch.setattr(engine, "copy", maybe)
     monkeypatch.setattr(engine, "load_layers", maybe_layers)
+
+
+def compares_nothing(monkeypatch: Any) -> None:
+    """Have loads bring whatever the slots hold, as with verify="off"."""
+    engine = worker_of_this_process()._copy_engine
+    if hasattr(engine, "_turns"):
+        monkeypatch.setattr(engine, "_turns", Turns(None))
+        return
+    monkeypatch.setattr("kvortex.id_ring.IdRing.take_bad", lambda *_: [])
 
 
 def counters(llm: Any) -> dict[str, float]:

@@ -181,27 +181,32 @@ def test_a_task_and_what_it_measured_travel() -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(
-    ("arguments", "extra", "words"),
-    [
-        (("--no-such-flag",), {}, "vLLM's arguments: unrecognized arguments: --no-such-flag"),
-        (SMALL, {"ram_pool": 3}, "KVortex cannot start: unknown setting ram_pool=3"),
-    ],
-)
-def test_what_vllm_refuses_is_one_line_and_the_log_is_kept(
-    arguments: tuple[str, ...], extra: dict[str, Any], words: str, tiny_model: str
+def test_what_the_first_vllm_refuses_ends_it_at_once(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The log is kept, and no other vLLM is asked for the same."""
     pytest.importorskip("vllm")
-    transfer = kv_transfer_config(KVORTEX, KVortexConfig()) or {}
-    task = Task(tiny_model, transfer | {"kv_connector_extra_config": extra}, arguments, (64,))
-    with pytest.raises(BenchmarkError) as caught:
-        run_task(task, lambda _: None)
-    line = str(caught.value)
-    assert line.startswith(words)
-    assert "\n" not in line
+    assert main(["bench", "--ram-pool-gb", "0.3", "--", "--no-such-flag"]) == 1
+    shown = capsys.readouterr()
+    *progress, line = shown.err.splitlines()
+    assert shown.out == ""
+    assert [told for told in progress if "vLLM starts" in told] == [progress[-1]]
+    assert line.startswith("kvortex: vLLM alone failed: vLLM's arguments: unrecognized arguments")
     log = Path(line.rpartition("log: ")[2].rstrip(")"))
     assert log.is_file()
     log.unlink()
+
+
+@pytest.mark.vllm
+def test_what_kvortex_refuses_in_a_benchmark_is_told_in_its_words(tiny_model: str) -> None:
+    pytest.importorskip("vllm")
+    transfer = kv_transfer_config(KVORTEX, KVortexConfig()) or {}
+    transfer |= {"kv_connector_extra_config": {"ram_pool": 3}}
+    with pytest.raises(BenchmarkError, match=r"^KVortex cannot start: unknown setting") as caught:
+        run_task(Task(tiny_model, transfer, SMALL, (64,)), lambda _: None)
+    line = str(caught.value)
+    assert "\n" not in line
+    Path(line.rpartition("log: ")[2].rstrip(")")).unlink()
 
 
 @pytest.mark.vllm

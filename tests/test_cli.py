@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ import pytest
 
 import kvortex
 from kvortex import KVortexConfig
-from kvortex.cli import main, make_parser
+from kvortex.cli import main
+from kvortex.commands.command_line import make_parser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,6 +80,19 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{shlex.quote(sys.executable)} -m kvortex config | head -c 0"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("module", ["kvortex.core", "pydantic", "numpy", "kvortex.commands.plan"])
+def test_ctrl_c_while_it_imports_ends_it_silently(module: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "kvortex", "top", "http://localhost:1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        imported = (line.rpartition("|")[2].strip() for line in running.stderr)
+        assert module in imported  # as soon as it is
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.readlines()
+    assert running.returncode == 130
+    assert [line for line in rest if not line.startswith("import time:")] == []
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

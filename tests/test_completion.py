@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvortex.cli import COMMANDS, main
+from kvortex.cli import main
+from kvortex.commands.command_line import COMMANDS
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,20 +21,20 @@ from engines import answers, counters, prompts, running, whole_blocks
 import kvortex.disk.breaker
 from kvortex import KVortexConfig
 from kvortex.disk import DiskStore
-from kvortex.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
 LENGTHS = [1500, 1100, 1300, 900]
+TOKENS = 8
 FEW_BLOCKS = 60
 """In the GPU's cache and in host RAM; the prompts have 150."""
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    make_tiny_model(folder)
-    return str(folder)
+def right(tiny_model: str) -> list[list[int]]:
+    """The outputs of a vLLM without KVortex, one prompt at a time."""
+    with running(tiny_model, None) as llm:
+        return [answers(llm, [prompt], TOKENS)[0][0] for prompt in prompts(LENGTHS)]
 
 
 def with_disk(folder: Path, **settings: Any) -> dict[str, Any]:
@@ -59,22 +59,20 @@ def settled(llm: Any) -> dict[str, float]:
 
 
 def test_what_left_the_host_comes_back_from_disk_and_is_there_after_a_restart(
-    model: str, tmp_path: Path
+    tiny_model: str, right: list[list[int]], tmp_path: Path
 ) -> None:
     asked = prompts(LENGTHS)
-    with running(model, None) as llm:
-        right = [answers(llm, [one])[0][0] for one in asked]
-    with running(model, None, **with_disk(tmp_path)) as llm:
+    with running(tiny_model, None, **with_disk(tmp_path)) as llm:
         for _ in range(2):
             for one, expected in zip(asked, right, strict=True):
-                assert answers(llm, [one])[0] == [expected]
+                assert answers(llm, [one], TOKENS)[0] == [expected]
                 settled(llm)
         first = counters(llm)
         assert first["disk_written_blocks"] > FEW_BLOCKS
         assert first["disk_read_blocks"] > FEW_BLOCKS
         assert first["disk_failed_reads"] == first["disk_late_reads"] == 0
-    with running(model, None, **with_disk(tmp_path)) as llm:
-        outputs, cached = answers(llm, [asked[0]])
+    with running(tiny_model, None, **with_disk(tmp_path)) as llm:
+        outputs, cached = answers(llm, [asked[0]], TOKENS)
         assert outputs == [right[0]]
         assert cached == whole_blocks(LENGTHS[:1])
         second = settled(llm)
@@ -83,7 +81,7 @@ def test_what_left_the_host_comes_back_from_disk_and_is_there_after_a_restart(
 
 
 def test_a_drive_that_fails_costs_hits_only(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: str, right: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It fails, corrupts, is slow and mends, while conversations return.
 
@@ -95,16 +93,14 @@ def test_a_drive_that_fails_costs_hits_only(
     faults, asked = Faults(), prompts(LENGTHS)
     faulty = functools.partial(DiskStore, open_file=faults.open_file)
     monkeypatch.setattr("kvortex.connector.worker_side.DiskStore", faulty)
-    with running(model, None) as llm:
-        right = answers(llm, asked)[0]
     settings = with_disk(tmp_path, disk_read_deadline_ms=300)
-    with running(model, None, **settings) as llm:
+    with running(tiny_model, None, **settings) as llm:
         for way in ("works", "fails", "works", "is slow", "corrupts", "works"):
             faults.error = errno.EIO if way == "fails" else None
             faults.delay = 0.02 if way == "is slow" else 0.0
             if way == "corrupts":
                 flip_bytes(tmp_path)
-            assert [answers(llm, [one])[0][0] for one in asked] == right
+            assert [answers(llm, [one], TOKENS)[0][0] for one in asked] == right
         counted = counters(llm)
         assert counted["disk_failed_reads"] > 0
         assert counted["disk_times_off"] > 0
@@ -112,21 +108,21 @@ def test_a_drive_that_fails_costs_hits_only(
         assert counted["failed_loads"] == 0
 
 
-def test_a_killed_server_leaves_what_the_next_one_serves(model: str, tmp_path: Path) -> None:
+def test_a_killed_server_leaves_what_the_next_one_serves(
+    tiny_model: str, right: list[list[int]], tmp_path: Path
+) -> None:
     asked = prompts(LENGTHS)
     killed = subprocess.run(
-        [sys.executable, "-c", FIRST_LIFE, model, str(tmp_path)],
+        [sys.executable, "-c", FIRST_LIFE, tiny_model, str(tmp_path)],
         cwd=Path(__file__).parent,
         env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         capture_output=True,
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
-    with running(model, None) as llm:
-        right = answers(llm, asked[:1])[0]
-    with running(model, None, **with_disk(tmp_path)) as llm:
-        outputs, cached = answers(llm, asked[:1])
-        assert outputs == right
+    with running(tiny_model, None, **with_disk(tmp_path)) as llm:
+        outputs, cached = answers(llm, asked[:1], TOKENS)
+        assert outputs == right[:1]
         assert cached == whole_blocks(LENGTHS[:1])
         assert counters(llm)["disk_hit_tokens"] == cached[0]
 
@@ -135,13 +131,13 @@ FIRST_LIFE = """
 import os, signal, sys
 from pathlib import Path
 from engines import answers, prompts, running
-from test_disk_serving import LENGTHS, settled, with_disk
+from test_disk_serving import LENGTHS, TOKENS, settled, with_disk
 
 with running(sys.argv[1], None, **with_disk(Path(sys.argv[2]))) as llm:
     first, second = prompts(LENGTHS)[:2]
-    answers(llm, [first])
+    answers(llm, [first], TOKENS)
     settled(llm)
-    answers(llm, [second])
+    answers(llm, [second], TOKENS)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 

@@ -161,11 +161,9 @@ def served(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     assert done.returncode == 0, done.stderr
     serve, model, flag, transfer = place.asked_of_vllm()
     assert (serve, model, flag) == ("serve", place.model, "--kv-transfer-config")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        folder = tmp_path_factory.mktemp("server")
-        with Server(model, folder, OPTIONS.split(), json.loads(transfer)) as server:
-            yield Place(place.folder, place.model, server.url)
+    folder = tmp_path_factory.mktemp("server")
+    with Server(model, folder, OPTIONS.split(), json.loads(transfer)) as server:
+        yield Place(place.folder, place.model, server.url)
 
 
 def requires_a_server(command: str) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import torch
+from budget import budget
 from doubles import CommandedCopyEngine, CommandedTicket, open_commanded
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -275,4 +276,4 @@ class EngineMachine(RuleBasedStateMachine):
 def test_engine_equals_a_dict_of_bytes(policy: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "kvortex")
     machine = type(f"EngineMachine_{policy}", (EngineMachine,), {"policy": policy})
-    run_state_machine_as_test(machine)
+    run_state_machine_as_test(machine, settings=budget(30))

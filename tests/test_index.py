@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sequences import up_to
 
 from kvortex.block import Block, State
 from kvortex.index import Index
@@ -187,8 +188,8 @@ def test_check_finds_a_closed_slot_that_was_lost() -> None:
 
 @pytest.mark.fuzz
 @given(
-    acts=st.lists(
-        st.tuples(st.sampled_from(["open", "limit", "reserve", "forget"]), st.integers(0, 8))
+    acts=up_to(
+        40, st.tuples(st.sampled_from(["open", "limit", "reserve", "forget"]), st.integers(0, 8))
     )
 )
 def test_no_slot_is_lost_or_given_out_before_its_time(acts: list[tuple[str, int]]) -> None:
@@ -255,11 +256,32 @@ def test_check_finds_a_lost_slot() -> None:
         index.check()
 
 
+def test_check_finds_a_slot_past_the_limit() -> None:
+    index = Index(6)
+    index.limit(4)
+    index.open(2)
+    index.check()
+    index._closed[index._closed.index(3)] = 4
+    with pytest.raises(AssertionError):
+        index.check()
+
+
+def test_check_finds_a_slot_that_was_not_opened() -> None:
+    index = Index(4)
+    index.open(2)
+    index.check()
+    index._closed.remove(2)
+    index._free.append(2)
+    index.num_slots += 1
+    with pytest.raises(AssertionError):
+        index.check()
+
+
 VERBS = st.sampled_from(["reserve", "publish", "abort", "forget", "pin", "unpin"])
 
 
 @pytest.mark.fuzz
-@given(steps=st.lists(st.tuples(VERBS, st.integers(0, 3), st.integers(0, 99)), max_size=60))
+@given(steps=up_to(60, st.tuples(VERBS, st.integers(0, 3), st.integers(0, 99))))
 def test_conserves_slots(steps: list[tuple[str, int, int]]) -> None:
     index = Index(4)
     reserved: list[Block] = []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import (
     answers,
+    compares_nothing,
     connector,
     counters,
     fail_copies,
@@ -115,11 +116,12 @@ def test_a_failed_load_of_several_groups_is_computed_again(
 
 
 def test_wrong_bytes_in_one_group_would_change_the_answers(
-    hybrid: tuple[str, list[list[int]]],
+    hybrid: tuple[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without this control the tests above could pass though nothing was loaded."""
     model, expected = hybrid
     with running(model, 0.5, skip_tokenizer_init=True) as llm:
+        compares_nothing(monkeypatch)
         answers(llm, prompts(LENGTHS))
         index = connector(llm)._scheduler.offload.tier.index
         pool = worker_of_this_process()._copy_engine.pool.bytes

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sequences import up_to
 
 from kvortex.id_ring import MANY, IdRing
 from kvortex.movers.dma import merged
@@ -106,8 +107,8 @@ def test_ended_readers_are_forgotten() -> None:
 
 @pytest.mark.fuzz
 @given(
-    counts=st.lists(st.integers(0, 16), max_size=40),
-    ended=st.lists(st.integers(0, 39), max_size=60),
+    counts=up_to(40, st.integers(0, 16)),
+    ended=up_to(60, st.integers(0, 39)),
 )
 def test_no_row_is_written_while_a_copy_reads_it(counts: list[int], ended: list[int]) -> None:
     ring, copies = IdRing(33), list[tuple[Copy, int, int]]()

@@ -7,11 +7,14 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
+from budget import budget
 from hypothesis import given
 from hypothesis import strategies as st
+from sequences import up_to
 
 from kvortex.plugins import load_policy, policy_names
 from kvortex.policies import ADMISSIONS, Place
+from kvortex.policies.adaptive import Adaptive
 from kvortex.policies.ghosts import Ghosts
 from kvortex.policies.miniature import Miniature, Sample
 from kvortex.policies.reuse import LEAST_WATCHED, MOST_WATCHED, ReuseDistance
@@ -23,13 +26,13 @@ if TYPE_CHECKING:
     from kvortex.policies import EvictionPolicy
 
 Step = tuple[str, int, frozenset[int]]
-STEPS = st.lists(
+STEPS = up_to(
+    80,
     st.tuples(
         st.sampled_from(["insert", "hit", "evict", "remove"]),
         st.integers(0, 7),
-        st.frozensets(st.integers(0, 7), max_size=8),
+        st.integers(0, 255).map(lambda bits: frozenset(n for n in range(8) if bits >> n & 1)),
     ),
-    max_size=80,
 )
 
 
@@ -49,6 +52,7 @@ def drain(policy: EvictionPolicy) -> list[bytes]:
 @pytest.mark.parametrize("name", policy_names())
 @pytest.mark.fuzz
 @given(steps=STEPS)
+@budget(30)
 def test_contract(name: str, steps: list[Step]) -> None:
     policy = load_policy(name, 8)
     resident: set[bytes] = set()
@@ -76,6 +80,7 @@ def test_contract(name: str, steps: list[Step]) -> None:
 @pytest.mark.parametrize("name", policy_names())
 @pytest.mark.fuzz
 @given(steps=STEPS)
+@budget(10)
 def test_same_steps_same_victims(name: str, steps: list[Step]) -> None:
     """A policy that drew lots could not be replayed."""
     assert _victims(name, steps) == _victims(name, steps)
@@ -105,9 +110,19 @@ def test_capacity_is_told(name: str) -> None:
     assert load_policy(name, 123).capacity == 123
 
 
+@pytest.mark.parametrize("name", ADMISSIONS)
+def test_capacity_is_told_to_filters(name: str) -> None:
+    assert ADMISSIONS[name](17).capacity == 17
+
+
+def test_always_is_always() -> None:
+    assert ADMISSIONS["always"](1).admit(b"a", Place())
+
+
 @pytest.mark.parametrize("name", ["lru", "fifo"])
 @pytest.mark.fuzz
 @given(steps=STEPS)
+@budget(30)
 def test_queues_equal_a_list(name: str, steps: list[Step]) -> None:
     policy, order = load_policy(name, 8), list[bytes]()
     for verb, number, pinned in steps:
@@ -132,6 +147,7 @@ def test_queues_equal_a_list(name: str, steps: list[Step]) -> None:
 
 @pytest.mark.fuzz
 @given(steps=STEPS)
+@budget(30)
 def test_lfu_equals_a_table_of_weights(steps: list[Step]) -> None:
     """Least uses plus age first; among equals, the one that reached the weight first."""
     policy, age = load_policy("lfu", 8), 0
@@ -157,6 +173,7 @@ def test_lfu_equals_a_table_of_weights(steps: list[Step]) -> None:
 
 @pytest.mark.fuzz
 @given(steps=STEPS)
+@budget(30)
 def test_sieve_equals_a_list_with_a_hand(steps: list[Step]) -> None:
     """One list, oldest first, and the index of the hand; keys that are pinned keep their mark."""
     policy, order, used, hand = load_policy("sieve", 8), list[bytes](), set[bytes](), 0
@@ -198,6 +215,29 @@ def test_sieve_goes_round_before_the_next_key_comes() -> None:
     assert policy.evict(none_pinned) == b"a"
 
 
+def test_sieve_marks_what_its_hand_has_passed() -> None:
+    policy = load_policy("sieve", 3)
+    for key in (b"a", b"b", b"c"):
+        policy.insert(key)
+    policy.hit(b"a")
+    assert policy.evict(none_pinned) == b"b"
+    policy.hit(b"a")  # behind the hand
+    policy.remove(b"a")
+    assert drain(policy) == [b"c"]
+
+
+@pytest.mark.parametrize(("hits", "leaves"), [(1, b"a"), (2, b"c")])
+def test_lfu_takes_a_use_for_what_one_generation_is_worth(hits: int, leaves: bytes) -> None:
+    policy = load_policy("lfu", 8)
+    policy.insert(b"a")
+    for _ in range(hits):
+        policy.hit(b"a")
+    policy.insert(b"b")
+    assert policy.evict(none_pinned) == b"b"
+    policy.insert(b"c")  # as much as a, with a use, which waits longer
+    assert policy.evict(none_pinned) == leaves
+
+
 def test_arc_shifts_towards_the_ghosts_that_return() -> None:
     policy = load_policy("arc", 2)
     for key in (b"a", b"b"):
@@ -229,6 +269,15 @@ def test_mq_steps_down_after_a_life() -> None:
     assert number > 3 + 4
 
 
+def test_mq_counts_more_uses_than_it_has_queues_for() -> None:
+    policy = load_policy("mq", 1000)
+    policy.insert(b"a")
+    for _ in range(500):
+        policy.hit(b"a")
+    policy.insert(b"b")
+    assert drain(policy) == [b"b", b"a"]
+
+
 def test_mq_remembers_the_uses_of_what_left() -> None:
     policy = load_policy("mq", 4)
     policy.insert(b"a")
@@ -252,7 +301,8 @@ def test_s3fifo_lets_what_is_seen_once_pass() -> None:
 
 
 @pytest.mark.fuzz
-@given(numbers=st.lists(st.integers(0, 5), max_size=300))
+@given(numbers=up_to(300, st.integers(0, 5)))
+@budget(30)
 def test_sketch_counts_few_keys_exactly(numbers: list[int]) -> None:
     """Up to fifteen; every count is halved after ten times the capacity of sightings."""
     sketch, seen, since = FrequencySketch(16), Counter[int](), 0
@@ -262,6 +312,32 @@ def test_sketch_counts_few_keys_exactly(numbers: list[int]) -> None:
         if since == 160:
             seen, since = Counter({n: count // 2 for n, count in seen.items()}), 80
     assert [sketch.count(bytes([n])) for n in range(6)] == [seen[n] for n in range(6)]
+
+
+def number_key(number: int) -> bytes:
+    return number.to_bytes(2, "big")
+
+
+def test_sketch_counts_to_fifteen_and_forgets_half_again_and_again() -> None:
+    sketch = FrequencySketch(100)
+    others = map(number_key, range(2000))
+    for _ in range(20):
+        sketch.add(b"often")
+    assert sketch.count(b"often") == 15
+    for sightings, then in ((1000 - 20, 7), (500, 3), (500, 1)):
+        before = sketch.count(b"often")
+        for _ in range(sightings - 1):
+            sketch.add(next(others))
+        assert sketch.count(b"often") == before
+        sketch.add(next(others))
+        assert sketch.count(b"often") == then
+
+
+def test_sketch_tells_as_many_keys_apart_as_the_pool_has_blocks() -> None:
+    sketch, keys = FrequencySketch(100), [number_key(number) for number in range(100)]
+    for key in keys:
+        sketch.add(key)
+    assert [sketch.count(key) for key in keys] == [1] * 100
 
 
 def test_wtinylfu_keeps_what_was_seen_more_often() -> None:
@@ -276,6 +352,28 @@ def test_wtinylfu_keeps_what_was_seen_more_often() -> None:
         policy.hit(b"new")
     assert policy.evict(none_pinned) != b"new"
     assert b"new" in drain(policy)
+
+
+@pytest.mark.parametrize(("capacity", "leaves"), [(150, 149), (200, 0)])
+def test_wtinylfu_spares_what_is_new_while_its_window_has_room(capacity: int, leaves: int) -> None:
+    """Of 150 blocks the window has one, of 200 two."""
+    policy = load_policy("wtinylfu", capacity)
+    for number in range(capacity):
+        policy.insert(number_key(number))
+    if capacity == 200:
+        policy.remove(number_key(198))
+    assert policy.evict(none_pinned) == number_key(leaves)
+
+
+def test_wtinylfu_protects_four_fifths_of_its_main_part() -> None:
+    policy = load_policy("wtinylfu", 10)
+    for number in range(10):
+        policy.insert(number_key(number))
+    for number in range(8):  # of which seven are protected: the first is on probation again
+        policy.hit(number_key(number))
+    assert policy.evict(lambda key: key == number_key(9)) == number_key(8)
+    policy.insert(number_key(10))
+    assert policy.evict(lambda key: key == number_key(10)) == number_key(0)
 
 
 def test_history_is_void_after_remove() -> None:
@@ -342,7 +440,7 @@ def test_reuse_distance_watches_fewer_keys_of_a_large_pool() -> None:
 
 @pytest.mark.parametrize("name", ADMISSIONS)
 @pytest.mark.fuzz
-@given(accesses=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), max_size=200))
+@given(accesses=up_to(200, st.tuples(st.integers(0, 30), st.integers(0, 5))))
 def test_filters_keep_little(name: str, accesses: list[tuple[int, int]]) -> None:
     admission = ADMISSIONS[name](4)
     for number, position in accesses:
@@ -353,7 +451,7 @@ def test_filters_keep_little(name: str, accesses: list[tuple[int, int]]) -> None
 @pytest.mark.fuzz
 @given(
     count=st.integers(1, 8),
-    steps=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 400)), max_size=200),
+    steps=up_to(200, st.tuples(st.integers(0, 20), st.integers(0, 400))),
 )
 def test_ghosts_equal_a_list(count: int, steps: list[tuple[int, int]]) -> None:
     """Of no more keys than share one place none is lost."""
@@ -434,3 +532,32 @@ def test_adaptive_learns_that_last_blocks_do_not_return() -> None:
             keys = [f"{number}.{i}".encode() for i in range(4)] + [f"{number}.{turn}e".encode()]
             stored = [admission.admit(key, Place(i, 5)) for i, key in enumerate(keys)]
     assert stored == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("one_in", "stored"),
+    [
+        pytest.param(1000, False, id="never"),
+        pytest.param(20, False, id="seldom"),
+        pytest.param(5, True, id="often"),
+    ],
+)
+def test_adaptive_judges_last_blocks_once_32_were_seen(one_in: int, stored: bool) -> None:
+    """By how many of them return, while all first blocks do."""
+    admission, answers = ADMISSIONS["adaptive"](100_000), []
+    for number in range(200):
+        first, last = f"{number}.0".encode(), f"{number}.1".encode()
+        admission.admit(first, Place(0, 2))
+        answers.append(admission.admit(last, Place(1, 2)))
+        for key in (first, last) if number % one_in == 1 else (first,):
+            admission.admit(key, Place())
+    assert answers[:31] == [True] * 31
+    assert answers[31] is answers[-1] is stored
+
+
+def test_what_is_used_enters_every_miniature() -> None:
+    admission = Adaptive(1)
+    admission.admit(b"a", Place())
+    for _ in range(3):
+        admission.hit(b"b")
+    assert [rival.hits for rival in admission._rivals] == [2, 2, 2]

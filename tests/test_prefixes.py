@@ -8,6 +8,7 @@ import pytest
 from budget import budget
 from hypothesis import given
 from hypothesis import strategies as st
+from sequences import up_to
 
 from kvortex.plugins import load_policy, policy_names
 from kvortex.policies import LRU
@@ -96,8 +97,8 @@ STEPS = st.one_of(
 
 @pytest.mark.parametrize("name", policy_names())
 @pytest.mark.fuzz
-@given(steps=st.lists(STEPS, max_size=60))
-@budget(60)
+@given(steps=up_to(60, STEPS))
+@budget(30)
 def test_the_tail_leaves_first(name: str, steps: list[tuple[object, ...]]) -> None:
     served = Served(name)
     for verb, *arguments in steps:

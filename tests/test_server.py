@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from kvortex import KVortexConfig
 from kvortex.server import Server, ServerError
@@ -28,7 +26,7 @@ ARGUMENTS += f" --block-size {BLOCK} --kv-cache-memory-bytes {64 << 20}"
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scheduler and the server each in a process of its own, as users run them."""
+    """The worker too in a process of its own, as users of the CPU build run it; it takes longer."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
 
@@ -64,9 +62,11 @@ def test_streamed_output_is_equal_and_metrics_show_the_hits(
         assert server.counter("vllm:kvortex_hit_tokens") == hits
 
 
-@pytest.mark.usefixtures("processes")
-def test_speculative_decoding(tiny_model: str, tmp_path: Path) -> None:
+def test_speculative_decoding(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prompts repeat themselves, so that something is drafted."""
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     asked = [(prompt[:40] * 40)[:length] for prompt, length in zip(prompts(), LENGTHS, strict=True)]
     drafts = {"method": "ngram", "num_speculative_tokens": 3}
     drafts |= {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
@@ -81,46 +81,11 @@ def test_speculative_decoding(tiny_model: str, tmp_path: Path) -> None:
         assert server.counter("vllm:external_prefix_cache_hits") == hits
 
 
-@pytest.mark.usefixtures("processes")
-@pytest.mark.parametrize(
-    ("extra", "line"),
-    [
-        ({"ram_pool": 1}, "KVortex cannot start: unknown setting ram_pool=1: the settings are"),
-        (
-            {"eviction_policy": "mru"},
-            "eviction_policy='mru': not installed; use arc, fifo, lfu, lru, lru_freq",
-        ),
-    ],
-)
-def test_bad_configuration_ends_the_server_at_once(
-    tiny_model: str, tmp_path: Path, extra: dict[str, Any], line: str
-) -> None:
-    transfer = KVortexConfig().kv_transfer_config() | {"kv_connector_extra_config": extra}
+def test_bad_configuration_ends_the_server_at_once(tiny_model: str, tmp_path: Path) -> None:
+    extra = {"kv_connector_extra_config": {"ram_pool": 1}}
+    transfer = KVortexConfig().kv_transfer_config() | extra
     with pytest.raises(ServerError) as caught, serve(tiny_model, tmp_path, transfer):
         pass
     first = str(caught.value).splitlines()[0]
-    assert first.startswith("KVortex cannot start: ")
-    assert line in first
-
-
-@pytest.mark.usefixtures("processes")
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
-def test_two_ranks_restore_together(
-    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, other, *_ = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{one}|{other}")
-    transfer = KVortexConfig(ram_pool_gb=0.5).kv_transfer_config()
-    arguments = [*ARGUMENTS.split(), "--tensor-parallel-size", "2"]
-    with Server(tiny_model, tmp_path, arguments, transfer) as server:
-        asked = prompts()[:4]
-        cold = [server.complete(prompt, 10) for prompt in asked]
-        server.reset_prefix_cache()
-        restored = [server.complete(prompt, 10) for prompt in asked]
-        hits = sum((length - 1) // BLOCK * BLOCK for length in LENGTHS[:4])
-        assert [answer.token_ids for answer in restored] == [answer.token_ids for answer in cold]
-        assert server.counter("vllm:external_prefix_cache_hits") == hits
-        assert server.counter("vllm:kvortex_loaded_blocks") == hits // BLOCK
-        assert server.counter("vllm:kvortex_failed_stores") == 0
-    assert "0.25 GiB of host RAM hold" in (tmp_path / "server.log").read_text()
+    words = "KVortex cannot start: unknown setting ram_pool=1: the settings are"
+    assert first.startswith(words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from engines import BLOCK, answers, connector, counters, prompts, running, whole_blocks
+from engines import answers, connector, prompts, running, whole_blocks
 
 from kvortex import KVortexConfig
 
@@ -16,6 +16,13 @@ LENGTHS = [64, 97, 333, 1000]
 TOKENS = 16
 
 
+@pytest.fixture(scope="module")
+def expected(tiny_model: str) -> list[list[int]]:
+    """The outputs of a vLLM without KVortex."""
+    with running(tiny_model, None) as llm:
+        return answers(llm, prompts(LENGTHS), TOKENS)[0]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -24,10 +31,10 @@ TOKENS = 16
         pytest.param({"async_scheduling": False}, id="synchronous scheduling"),
     ],
 )
-def test_answers_stay_as_they_were(tiny_model: str, settings: dict[str, Any]) -> None:
+def test_answers_stay_as_they_were(
+    tiny_model: str, expected: list[list[int]], settings: dict[str, Any]
+) -> None:
     asked = prompts(LENGTHS)
-    with running(tiny_model, None) as llm:
-        expected = answers(llm, asked, TOKENS)[0]
     with running(tiny_model, 0.5, **settings) as llm:
         assert answers(llm, asked, TOKENS)[0] == expected
         assert llm.reset_prefix_cache()
@@ -37,38 +44,8 @@ def test_answers_stay_as_they_were(tiny_model: str, settings: dict[str, Any]) ->
         assert connector(llm)._scheduler.offload.pending is False
 
 
-def test_salted_prompts_share_nothing(tiny_model: str) -> None:
-    with running(tiny_model, 0.5) as llm:
-        for salt, hit in (("a", 0), ("b", 0), ("a", 992)):
-            asked = [prompt | {"cache_salt": salt} for prompt in prompts([1000])]
-            assert llm.reset_prefix_cache()
-            assert answers(llm, asked, TOKENS)[1] == [hit]
-
-
-def test_a_client_can_leave_a_request_alone(tiny_model: str) -> None:
-    from vllm import SamplingParams
-
-    def cached(params: dict[str, int]) -> int:
-        assert llm.reset_prefix_cache()
-        sampling = SamplingParams(
-            max_tokens=1, temperature=0, extra_args={"kv_transfer_params": params}
-        )
-        return int(llm.generate(prompts([1000]), sampling, use_tqdm=False)[0].num_cached_tokens)
-
-    with running(tiny_model, 0.5) as llm:
-        assert cached({"max_offload_tokens": 0}) == 0
-        assert counters(llm)["stored_blocks"] == 0
-        assert cached({"max_offload_tokens": 500}) == 0
-        assert counters(llm)["stored_blocks"] == 500 // BLOCK
-        assert cached({"max_load_tokens": 0}) == 0
-        assert cached({"max_load_tokens": 100}) == 96
-        assert cached({}) == 992
-
-
-def test_as_a_child_of_multi_connector(tiny_model: str) -> None:
+def test_as_a_child_of_multi_connector(tiny_model: str, expected: list[list[int]]) -> None:
     asked = prompts(LENGTHS)
-    with running(tiny_model, None) as llm:
-        expected = answers(llm, asked, TOKENS)[0]
     children = [KVortexConfig(ram_pool_gb=size).kv_transfer_config() for size in (0.3, 0.2)]
     several = {
         "kv_connector": "MultiConnector",

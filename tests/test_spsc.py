@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sequences import up_to
 
 from kvortex.spsc import SpscRing
 
@@ -58,7 +59,7 @@ def test_a_ring_that_can_hold_nothing_is_refused(capacity: int, width: int) -> N
 @pytest.mark.fuzz
 @given(
     capacity=st.integers(1, 9),
-    steps=st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=60),
+    steps=up_to(60, st.tuples(st.booleans(), st.integers(0, 12))),
 )
 def test_like_a_bounded_queue(capacity: int, steps: list[tuple[bool, int]]) -> None:
     ring, queue, number = SpscRing(capacity, 1), deque[int](), 0
@@ -76,7 +77,7 @@ def test_like_a_bounded_queue(capacity: int, steps: list[tuple[bool, int]]) -> N
 
 
 def test_between_two_threads_nothing_is_lost_or_swapped() -> None:
-    ring, total = SpscRing(97, 1), 200_000
+    ring, total = SpscRing(97, 1), 50_000
     popped: list[np.ndarray] = []
 
     def consume() -> None:

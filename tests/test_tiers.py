@@ -282,3 +282,20 @@ def test_clear_spares_what_arrives() -> None:
     host.unpin(pinned)
     assert readable(host) == [C]
     assert counts(host.index) == (3, 0, 1)
+
+
+def test_an_outdated_store_holds_nobody_up_that_is_committed_with_it() -> None:
+    host = tier(4)
+    old = host.reserve([A, B])
+    newer = host.reserve([B])
+    host.commit(newer)
+    host.commit(old)
+    assert (host.lookup(A), host.lookup(B)) == (old[0], newer[0])
+    assert counts(host.index) == (2, 0, 2)
+
+
+def test_each_victim_is_told_of_while_it_is_there() -> None:
+    host, told = tier(1), list[tuple[bytes, bool]]()
+    host.on_evict.append(lambda block: told.append((block.key, host.lookup(block.key) is block)))
+    stored(host, A, B)
+    assert told == [(A, True)]

@@ -10,7 +10,8 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
-from hypothesis import seed, settings
+from budget import budget
+from hypothesis import seed
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -517,7 +518,7 @@ def drive(
     """
     for number in range(MOST_ROUNDS):
         drawn = seed(number)(machine) if number else machine
-        run_state_machine_as_test(drawn, settings=settings(stateful_step_count=steps))
+        run_state_machine_as_test(drawn, settings=budget(40, stateful_step_count=steps))
         if all(seen[what] for what in reached):
             return
     assert [what for what in reached if not seen[what]] == []

@@ -63,7 +63,6 @@ def server(
         disk_pool_gb=0.25,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
         folder = tmp_path_factory.mktemp("server")
         transfer = config.kv_transfer_config()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kvortex.benchmark.first_token import SOURCES
 from kvortex.benchmark.report import SHOWN
 from kvortex.benchmark.ways import WAYS
-from kvortex.core import ConfigError
+from kvortex.picture_file import save_picture
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,12 +40,7 @@ def draw(report: Report, path: Path) -> None:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.legend(handles, labels, loc="lower center", ncols=len(labels))
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot {path}: {error}") from None
-    finally:
-        pyplot.close(figure)
+    save_picture(figure, path)
 
 
 def _first_tokens(axis: Any, report: Report, length: int) -> None:  # noqa: ANN401

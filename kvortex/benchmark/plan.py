@@ -44,6 +44,7 @@ class Plan:
         """Run way after way; returns what was measured, and why the others failed.
 
         Raises:
+            BenchmarkError: the first failed, on a model or an argument that the others have too.
             ConfigError: the disk_path cannot be used.
         """
         measured: dict[str, Measured] = {}
@@ -52,6 +53,8 @@ class Plan:
             try:
                 measured[way] = self._measure(way, say)
             except BenchmarkError as error:
+                if not measured and not failed:
+                    raise BenchmarkError(f"{WAYS[way]} failed: {error}") from None
                 failed[way] = str(error)
                 say(f"{WAYS[way]} failed: {error}")
         return measured, failed

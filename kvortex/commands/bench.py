@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvortex.commands import outcome
-from kvortex.commands.plotting import require_plot
 from kvortex.commands.progress import say
 from kvortex.commands.settings import read_config, settings_parser
 from kvortex.core import ConfigError
+from kvortex.picture_file import require_picture
 
 if TYPE_CHECKING:
     import argparse
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigError: a setting that cannot work, or something is not installed.
     """
     if arguments.plot is not None:
-        require_plot(arguments.plot)
+        require_picture(arguments.plot)
     with tempfile.TemporaryDirectory(prefix="kvortex-bench-") as folder:
         plan = _plan(arguments, Path(folder))
         from kvortex.benchmark.machine import machine

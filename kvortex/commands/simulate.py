@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 
 from kvortex.commands import outcome
-from kvortex.commands.plotting import require_plot
 from kvortex.commands.progress import note, say
+from kvortex.picture_file import require_picture
 from kvortex.plugins import policy_names
 
 TRACE_HELP = "JSON lines with hash_ids and input_length, or a trace that KVortex recorded"
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from kvortex.simulator import CLAIRVOYANT
 
     if arguments.plot is not None:
-        require_plot(arguments.plot)
+        require_picture(arguments.plot)
     note(f"reading {arguments.trace}")
     outcomes = simulate(
         arguments.trace,

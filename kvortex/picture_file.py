@@ -1,9 +1,9 @@
-"""Whether a picture can be drawn, to be asked before a long run."""
+"""The file that `--plot` names: asked for before a long run, and written after it."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvortex.core import ConfigError
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def require_plot(path: Path) -> None:
+def require_picture(path: Path) -> None:
     """Ask that `path` can be written by matplotlib.
 
     Raises:
@@ -28,3 +28,19 @@ def require_plot(path: Path) -> None:
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in {"", *kinds}:  # without one, matplotlib adds .png
         raise ConfigError(f"--plot {path}: use a name that ends with .png, .svg or .pdf")
+
+
+def save_picture(figure: Any, path: Path) -> None:  # noqa: ANN401  (matplotlib's Figure)
+    """Write it and close it.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from matplotlib import pyplot
+
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {path}: {error}") from None
+    finally:
+        pyplot.close(figure)
