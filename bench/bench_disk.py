@@ -204,7 +204,7 @@ def opening(folder: Path, slot_bytes: int, rounds: int) -> list[dict[str, Any]]:
     num_slots = INDEXED_BYTES // slot_bytes
     times = []
     with HostPool(1, slot_bytes, pinned=False) as pool:
-        place = (folder / "index", NAMESPACE, 0, num_slots, pool, DiskOptions(), Sparse)
+        place = (folder / "index", NAMESPACE, 0, num_slots, pool, DiskOptions(), None, Sparse)
         DiskStore(*place).close()
         table = next((folder / "index").rglob("records"))
         record_format = RecordFormat(NAMESPACE.digest(slot_bytes), 0, slot_bytes)

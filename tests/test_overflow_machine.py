@@ -89,6 +89,7 @@ class Rank:
                 disk_slots,
                 self.pool,
                 DiskOptions(readers=2, writers=2, read_deadline_s=60.0),
+                None,
                 self.faults.open_file,
             )
         )
