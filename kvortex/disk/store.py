@@ -51,13 +51,15 @@ CLOSE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class DiskOptions:
-    """How hard a drive is driven. As many threads read, or write, as its queue shall be deep."""
+    """How hard a drive is driven. As many threads read, or write, as its queue shall be deep: each
+    waits in the kernel for a block of its own. fio was at its best at 8 on a virtio drive (see the
+    bandwidth rows of bench_disk)."""
 
     max_write_bytes_per_s: float | None = None
     read_deadline_s: float = 1.0
     """How long a read is worth waiting for."""
     readers: int = 8
-    writers: int = 4
+    writers: int = 8
     most_parts: int = max(1, len(os.sched_getaffinity(0)) // 4)
     """In how many parts, by as many readers, one block may be read. On two busy cores the second
     part cost 50 us and the fourth 100 more, where each saves at most its share of the checksum (see
@@ -328,7 +330,7 @@ class DiskStore:
 
     def _take_answers(self) -> None:
         for lane in self._lanes:
-            for row in lane.answers():
+            for row in lane.answers() if lane.under_way else ():
                 self._settle(*row)
 
     def _settle(self, job_id: int, position: int, _part: int, _parts: int, status: int) -> None:
