@@ -7,6 +7,10 @@ at the same depth, in turns with ours; its best way counts. Its buffers are on h
 host pool is: with small ones a block is many pieces of memory to the drive, and fio reaches about
 half as much (the rows "4 KiB pages" say how much). Count rows of a quiet machine only: their `load`
 tells.
+
+Ours is measured as it is in service: "kvortex" beside a GPU, which counts and compares checksums
+itself, so that the disk's threads hash nothing; "kvortex, CPU" without one, where they hash what is
+read. On the way out nobody hashes in either.
 """
 
 from __future__ import annotations
@@ -30,11 +34,13 @@ import torch
 from results import append
 from xxhash import xxh3_64_intdigest
 
-from kvortex.checksum import num_pieces
+from kvortex.checksum import checksum_of, num_pieces, seed_of, signed
 from kvortex.disk import DiskOptions, DiskStore, Namespace
+from kvortex.disk.checksums import scheme_of
 from kvortex.disk.file import DiskFile
 from kvortex.disk.format import Record, RecordFormat
 from kvortex.host_pool import HostPool
+from kvortex.verification import Verification
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,17 +54,32 @@ FIO = {
     "fio libaio, 4 KiB pages": (["--ioengine=libaio", "--iodepth={depth}"], {}),
 }
 """Ways, each with its arguments and environment; as many threads as ours has is one of them."""
+OURS = {"kvortex": True, "kvortex, CPU": False}
+"""Paths, and whether a GPU counts the checksums."""
 NAMESPACE = Namespace(b"bench", {"bench": "disk"})
 STEP_S = 0.005
 """Between two polls where CPU time is measured: a step of an engine."""
 INDEXED_BYTES = 100 * 10**9
 
 
+def verification(slot_bytes: int, *, by_gpu: bool) -> Verification:
+    return Verification("always", 1, by_gpu, 8, ((0, slot_bytes),))
+
+
+def seal(pool: HostPool, keys: Sequence[bytes]) -> None:
+    """Put beside each slot what the CPU compares; no GPU is there to mind."""
+    memory, size = pool.bytes.view(-1).numpy().data, pool.slot_bytes
+    fingerprint = verification(size, by_gpu=False).fingerprint
+    for slot, key in enumerate(keys):
+        block = memory[slot * size : (slot + 1) * size]
+        pool.checksums[slot] = signed(checksum_of(block, seed_of(key) ^ fingerprint))
+
+
 @dataclass(frozen=True)
 class Setup:
-    """The store under test, and where fio works beside it."""
+    """The stores under test, by path, and where fio works beside them."""
 
-    store: DiskStore
+    stores: dict[str, DiskStore]
     pool: HostPool
     folder: Path
     depth: int
@@ -66,6 +87,11 @@ class Setup:
     @property
     def keys(self) -> list[bytes]:
         return [b"%032d" % number for number in range(self.pool.num_slots)]
+
+    @property
+    def slots_file(self) -> Path:
+        """Of any of the stores."""
+        return next(self.folder.rglob("slots"))
 
 
 def wait_for(store: DiskStore, job: int, pause: float = 0) -> None:
@@ -80,9 +106,9 @@ def wait_for(store: DiskStore, job: int, pause: float = 0) -> None:
             store.wait(1)
 
 
-def moved(setup: Setup, verb: str, pause: float = 0) -> tuple[float, float]:
+def moved(setup: Setup, path: str, verb: str, pause: float = 0) -> tuple[float, float]:
     """Seconds, and seconds of CPU, to move the whole pool."""
-    slots, store = list(range(setup.pool.num_slots)), setup.store
+    slots, store = list(range(setup.pool.num_slots)), setup.stores[path]
     keys = setup.keys
     cpu, start = time.process_time(), time.perf_counter()
     (store.write if verb == "write" else store.read)(1, keys, slots, slots)
@@ -125,9 +151,9 @@ def bandwidth(setup: Setup, rounds: int) -> list[dict[str, Any]]:
     size, draw = setup.pool.num_slots * setup.pool.slot_bytes, random.Random(0)
     for number in range(rounds + 1):
         for verb in ("write", "read"):
-            for path in draw.sample(["kvortex", *FIO], 1 + len(FIO)):
-                ours = path == "kvortex"
-                speed = size / moved(setup, verb)[0] / 1e9 if ours else fio(setup, verb, path)
+            for path in draw.sample([*OURS, *FIO], len(OURS) + len(FIO)):
+                ours = path in OURS
+                speed = size / moved(setup, path, verb)[0] / 1e9 if ours else fio(setup, verb, path)
                 if number and speed is not None:
                     took.setdefault((verb, path), []).append(speed)
     return [row(f"{verb} bandwidth", path, "GB/s", s) for (verb, path), s in took.items()]
@@ -140,24 +166,26 @@ def cpu(setup: Setup, rounds: int) -> list[dict[str, Any]]:
     for _ in range(rounds):
         for verb in ("write", "read"):
             for path, spent in (
-                ("kvortex", moved(setup, verb, STEP_S)[1]),
-                (f"bare p{verb}v and xxh3", bare_cpu(setup, verb)),
+                *((path, moved(setup, path, verb, STEP_S)[1]) for path in OURS),
+                (f"bare p{verb}v", bare_cpu(setup, verb, hashes=False)),
+                (f"bare p{verb}v and xxh3", bare_cpu(setup, verb, hashes=True)),
             ):
                 took.setdefault((verb, path), []).append(spent / blocks * 1e6)
     return [row(f"{verb} CPU of a block", path, "us", s) for (verb, path), s in took.items()]
 
 
-def bare_cpu(setup: Setup, verb: str) -> float:
-    """Seconds of CPU that one thread takes to move and to checksum the whole pool."""
+def bare_cpu(setup: Setup, verb: str, *, hashes: bool) -> float:
+    """Seconds of CPU that one thread takes to move the whole pool, and to checksum it."""
     size = setup.pool.slot_bytes
     memory = setup.pool.bytes.view(-1).numpy().data
-    fd = os.open(next(setup.folder.rglob("slots")), os.O_RDWR | os.O_DIRECT)
+    fd = os.open(setup.slots_file, os.O_RDWR | os.O_DIRECT)
     move = os.pwritev if verb == "write" else os.preadv
     start = time.process_time()
     for slot in range(setup.pool.num_slots):
         block = memory[slot * size : (slot + 1) * size]
         move(fd, [block], slot * size)
-        xxh3_64_intdigest(block)
+        if hashes:
+            xxh3_64_intdigest(block)
     spent = time.process_time() - start
     os.close(fd)
     return spent
@@ -166,23 +194,29 @@ def bare_cpu(setup: Setup, verb: str) -> float:
 def latency(setup: Setup, samples: int) -> list[dict[str, Any]]:
     """Of one block, by a bare read and by the store in turns, of slots drawn anew.
 
-    The store reads it in one part or in several, by as many lanes.
+    Where the CPU compares, the store reads it in one part or in several, by as many lanes.
     """
     draw, size, keys = random.Random(0), setup.pool.slot_bytes, setup.keys
     memory = setup.pool.bytes.view(-1).numpy().data
     pieces = num_pieces(size)
-    ways = {f"kvortex, {n} part(s)": n for n in (1, 2, 4) if n <= min(pieces, setup.depth)}
+    ways = {
+        f"{path}, {n} part(s)": (setup.stores[path], n)
+        for path, by_gpu in OURS.items()
+        for n in ((1,) if by_gpu else (1, 2, 4))
+        if n <= min(pieces, setup.depth)
+    }
     took: dict[str, list[float]] = {path: [] for path in ("bare pread", *ways)}
-    fd = os.open(next(setup.folder.rglob("slots")), os.O_RDONLY | os.O_DIRECT)
+    fd = os.open(setup.slots_file, os.O_RDONLY | os.O_DIRECT)
     try:
         for number in range(samples):
             for path in draw.sample([*took], len(took)):
                 slot = draw.randrange(setup.pool.num_slots)
                 start = time.perf_counter()
                 if path in ways:
-                    setup.store._most_parts = ways[path]
-                    setup.store.read(number, [keys[slot]], [slot], [slot])
-                    wait_for(setup.store, number)
+                    store, parts = ways[path]
+                    store._most_parts = parts
+                    store.read(number, [keys[slot]], [slot], [slot])
+                    wait_for(store, number)
                 else:
                     os.preadv(fd, [memory[slot * size : (slot + 1) * size]], slot * size)
                 took[path].append((time.perf_counter() - start) * 1e6)
@@ -204,10 +238,11 @@ def opening(folder: Path, slot_bytes: int, rounds: int) -> list[dict[str, Any]]:
     num_slots = INDEXED_BYTES // slot_bytes
     times = []
     with HostPool(1, slot_bytes, pinned=False) as pool:
-        place = (folder / "index", NAMESPACE, 0, num_slots, pool, DiskOptions(), Sparse)
+        how = verification(slot_bytes, by_gpu=True)
+        place = (folder / "index", NAMESPACE, 0, num_slots, pool, DiskOptions(), how, Sparse)
         DiskStore(*place).close()
         table = next((folder / "index").rglob("records"))
-        record_format = RecordFormat(NAMESPACE.digest(slot_bytes), 0, slot_bytes)
+        record_format = RecordFormat(NAMESPACE.digest(slot_bytes, scheme_of(how)), 0, slot_bytes)
         with table.open("r+b") as file:
             for slot in range(num_slots):
                 record = Record(b"%032d" % slot, slot + 1, slot, 1)
@@ -298,8 +333,14 @@ def main() -> None:
         pool = stack.enter_context(HostPool(args.blocks, args.block_bytes, pinned=False))
         pool.bytes.random_(0, 256)
         expected = pool.bytes.clone()
-        place = (work / "store", NAMESPACE, 0, args.blocks, pool, options)
-        setup = Setup(stack.enter_context(DiskStore(*place)), pool, work, args.depth)
+
+        def store(*, by_gpu: bool) -> DiskStore:
+            how = verification(args.block_bytes, by_gpu=by_gpu)
+            return DiskStore(work / "store", NAMESPACE, 0, args.blocks, pool, options, how)
+
+        stores = {path: stack.enter_context(store(by_gpu=by_gpu)) for path, by_gpu in OURS.items()}
+        setup = Setup(stores, pool, work, args.depth)
+        seal(pool, setup.keys)
         for measure in measured(setup, args):
             for found in measure():
                 append(args.out, about | found)

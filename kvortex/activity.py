@@ -16,6 +16,7 @@ FAILURES = (
     "disk_failed_reads",
     "disk_late_reads",
     "disk_corrupt_blocks",
+    "disk_distrusted_blocks",
     "disk_times_off",
     "discarded_stores",
     "lost_slots",

@@ -19,8 +19,9 @@ class Bell:
 
     def ring(self) -> None:
         """Wake the thread that waits, or have its next wait return at once."""
-        with contextlib.suppress(RuntimeError):  # it rings already
-            self._silence.release()
+        if self._silence.locked():  # to meet the error costs more than to ask
+            with contextlib.suppress(RuntimeError):  # another thread was faster
+                self._silence.release()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until it rings, at most `timeout` seconds; returns whether it rang."""

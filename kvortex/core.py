@@ -111,11 +111,13 @@ class DiskMove:
 
 @dataclass(frozen=True, slots=True)
 class DiskPlan:
-    """What a worker's disk shall do next; what `clear` forgets is not what comes with it."""
+    """What a worker's disk shall do next; what `clear` forgets is not what comes with it, and what
+    the slots in `erases` hold is not what is written to them by the same plan."""
 
     writes: tuple[DiskMove, ...] = ()
     reads: tuple[DiskMove, ...] = ()
     clear: bool = False
+    erases: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

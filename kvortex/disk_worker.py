@@ -28,6 +28,8 @@ class DiskWorker:
         """Start what is planned."""
         if plan.clear:
             self._store.clear()
+        if plan.erases:
+            self._store.erase(plan.erases)
         for move in plan.writes:
             slots, disk_slots = move.slots.tolist(), move.disk_slots.tolist()
             self._store.write(move.id, move.keys, slots, disk_slots)

@@ -164,6 +164,13 @@ class Fetches:
         for read in self.under_way.settle(report):
             self._end(read)
 
+    def distrust(self, key: BlockKey) -> None:
+        """What is being read of a key is not to be served."""
+        if (read := self._reading.get(key)) is not None:
+            position = read.move.keys.index(key)
+            read.failed.add(position)
+            read.lost.add(position)
+
     def reset(self) -> None:
         """Release every request, and discard what is being read."""
         for read in self.under_way:

@@ -86,6 +86,9 @@ class Counters:
     disk_failed_writes: int = 0
     disk_failed_reads: int = 0
     """Blocks that the disk did not give back as they were written; they are computed again."""
+    disk_distrusted_blocks: int = 0
+    """Blocks on disk that are not served again: as they were loaded, they were not what was
+    stored."""
     disk_late_reads: int = 0
     """Requests that were computed because their blocks took too long to come from disk."""
     disk_not_admitted: int = 0

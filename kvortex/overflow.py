@@ -16,7 +16,7 @@ from kvortex.metrics import MissReason
 from kvortex.write_behind import WriteBehind
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Container, Iterable, Sequence
 
     from kvortex.core import BlockKey
     from kvortex.metrics import Counters
@@ -63,16 +63,17 @@ class Overflow:
         self._counters = counters
         self._clear = False
         self._disowned = False
+        self._erases: list[int] = []
 
     @property
     def pending(self) -> bool:
-        """Whether a move is planned or under way, or blocks wait to be written; not behind a drive
+        """Whether a move is planned or under way, or blocks wait for the disk; not behind a drive
         that hangs, which may be for ever."""
         moves = itertools.chain(self.write_behind.under_way, self.fetches.under_way)
         oldest = min((move.began for move in moves), default=None)
         if oldest is not None:
             return time.perf_counter() - oldest < PATIENCE_S
-        return self.write_behind.waits and not self.writing_off
+        return bool(self._erases) or (self.write_behind.waits and not self.writing_off)
 
     @property
     def num_pending(self) -> int:
@@ -101,7 +102,9 @@ class Overflow:
         writes = self.write_behind.take() if self.known and not self.writing_off else ()
         reads = self.fetches.take()
         clear, self._clear = self._clear, False
-        return DiskPlan(writes, reads, clear) if writes or reads or clear else None
+        erases, self._erases = tuple(self._erases), []
+        plan = DiskPlan(writes, reads, clear, erases)
+        return plan if writes or reads or clear or erases else None
 
     def settle(self, report: DiskReport) -> None:
         """Take in what the workers moved, and at first what is on their disks."""
@@ -112,8 +115,20 @@ class Overflow:
         self._counters.count_disks(report.counted)
         self.reading_off += report.reading_off
         self.writing_off += report.writing_off
-        self.write_behind.settle(report)
+        self._erases += self.write_behind.settle(report)
         self.fetches.settle(report)
+
+    def distrust(self, keys: Iterable[BlockKey]) -> None:
+        """What was loaded of these was not what was stored: have the disk forget them, also for its
+        next life; what is being written, as soon as that has ended."""
+        for key in keys:
+            block = self.disk.lookup(key)
+            if block is not None:
+                self._erases.append(block.slot)
+                self.disk.forget((block,))
+            self.fetches.distrust(key)
+            known = self.write_behind.distrust(key) or block is not None
+            self._counters.disk_distrusted_blocks += known
 
     def disown(self) -> None:
         """Nobody will ask for what a former life left on disk: its slots are free."""
@@ -124,6 +139,7 @@ class Overflow:
         self.fetches.reset()
         self.write_behind.reset()
         self.disk.clear()
+        self._erases.clear()
         self._clear = True
         self._disowned = self._disowned or not self.known
 

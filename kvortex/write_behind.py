@@ -6,6 +6,7 @@ Runs in vLLM's scheduler process, on its thread; the workers' disks take the byt
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvortex.block import State
@@ -25,6 +26,14 @@ WRITING_BYTES = 256 << 20
 WRITING_S = 1.0
 """Of writing at the speed that is allowed may be on its way at once; what is planned much further
 ahead is refused by the worker's Pace, and may wait in the host instead."""
+
+
+@dataclass(slots=True, eq=False)
+class Write(MoveUnderWay):
+    """A move from the host to disk."""
+
+    distrusted: set[int] = field(default_factory=set)
+    """Positions of what must not stay there."""
 
 
 class WriteBehind:
@@ -54,7 +63,7 @@ class WriteBehind:
         block_bytes: int,
         bytes_per_s: float | None,
     ) -> None:
-        self.under_way = MovesUnderWay(MoveUnderWay, ids, num_ranks)
+        self.under_way = MovesUnderWay(Write, ids, num_ranks)
         self._host = host
         self._disk = disk
         self._counters = counters
@@ -113,10 +122,17 @@ class WriteBehind:
             self.under_way.begin(in_host, on_disk)
         return self.under_way.take_new()
 
-    def settle(self, report: DiskReport) -> None:
-        """What every rank has written is on disk."""
-        for write in self.under_way.settle(report):
-            self._end(write)
+    def settle(self, report: DiskReport) -> list[int]:
+        """What every rank has written is on disk; returns slots there that are to be erased."""
+        return [slot for write in self.under_way.settle(report) for slot in self._end(write)]
+
+    def distrust(self, key: BlockKey) -> bool:
+        """What is being written of a key must not stay on disk; returns whether it is written."""
+        for write in self.under_way:
+            if key in write.move.keys:
+                write.distrusted.add(write.move.keys.index(key))
+                return True
+        return False
 
     def reset(self) -> None:
         """Forget what waits; of what is being written the host's blocks tell that it is void."""
@@ -138,13 +154,14 @@ class WriteBehind:
                 batch.append(block)
         return batch
 
-    def _end(self, write: MoveUnderWay) -> None:
+    def _end(self, write: Write) -> list[int]:
         self._writing -= len(write.in_host)
         unwanted = {n for n, one in enumerate(write.in_host) if one.state is not State.RESIDENT}
         self._host.unpin(write.in_host)
-        good, bad = parted(write.on_disk, write.failed | unwanted)
+        good, bad = parted(write.on_disk, write.failed | unwanted | write.distrusted)
         self._disk.abort(bad)
         self._disk.commit(good)
         self._counters.disk_failed_writes += len(write.failed)
         self._counters.disk_written_blocks += len(good)
         self._counters.disk_written_bytes += len(good) * self._block_bytes
+        return [write.on_disk[position].slot for position in write.distrusted]

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvortex.checksum import checksum_of, seed_of, signed
 from kvortex.disk import DiskOptions, DiskStore, Namespace
 from kvortex.disk.file import DiskFile
 from kvortex.disk.folder import SLOTS
 from kvortex.host_pool import HostPool
+from kvortex.triton_kernels.reference import checksums_reference
+from kvortex.verification import Verification
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,6 +31,30 @@ if TYPE_CHECKING:
 NAMESPACE = Namespace(b"a model", {"model": "tiny", "dtype": "bfloat16"})
 SLOT_BYTES = 8192
 SECTOR = 512
+KINDS = ("the disk", "the CPU", "the GPU")
+"""Who counts the checksums of blocks."""
+
+
+def verified_by(
+    kind: str, slot_bytes: int = SLOT_BYTES, fingerprint: int = -1 << 62
+) -> Verification | None:
+    """How the pool's checksums are made, of each of KINDS."""
+    if kind == "the disk":
+        return None
+    word = (slot_bytes | 8) & -(slot_bytes | 8)
+    half = slot_bytes // word // 2 * word
+    stretches = ((0, half), (half, slot_bytes - half))
+    return Verification("always", fingerprint, kind == "the GPU", word, stretches)
+
+
+def checksum(verification: Verification, key: BlockKey, data: bytes) -> int:
+    """What is beside the slot of a key's bytes."""
+    seed = seed_of(key) ^ verification.fingerprint
+    if not verification.by_gpu:
+        return signed(checksum_of(memoryview(data), seed))
+    blocks = torch.frombuffer(bytearray(data), dtype=torch.uint8)[None]
+    how = (verification.stretches, verification.word, torch.tensor([seed]))
+    return int(checksums_reference(blocks, *how))
 
 
 def block_bytes(key: BlockKey, version: int = 0, slot_bytes: int = SLOT_BYTES) -> bytes:
@@ -38,6 +65,19 @@ def block_bytes(key: BlockKey, version: int = 0, slot_bytes: int = SLOT_BYTES) -
 
 def fill(pool: HostPool, slot: int, data: bytes) -> None:
     pool.bytes[slot].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+
+def seal(pool: HostPool, slot: int, key: BlockKey, verification: Verification | None) -> None:
+    """Put the checksum of what is in a slot beside it."""
+    if verification is not None:
+        pool.checksums[slot] = checksum(verification, key, content(pool, slot))
+
+
+def is_whole(pool: HostPool, slot: int, key: BlockKey, verification: Verification | None) -> bool:
+    """Whether what a load compares agrees with what is in a slot."""
+    if verification is None:
+        return True
+    return int(pool.checksums[slot]) == checksum(verification, key, content(pool, slot))
 
 
 def content(pool: HostPool, slot: int) -> bytes:
@@ -52,6 +92,7 @@ def opened(
     namespace: Namespace = NAMESPACE,
     rank: int = 0,
     slot_bytes: int = SLOT_BYTES,
+    verification: Verification | None = None,
     open_file: Any = DiskFile,
     **options: Any,
 ) -> Iterator[tuple[DiskStore, HostPool]]:
@@ -61,7 +102,7 @@ def opened(
     )
     with (
         HostPool(num_slots, slot_bytes, pinned=False) as pool,
-        DiskStore(path, namespace, rank, num_slots, pool, how, open_file) as store,
+        DiskStore(path, namespace, rank, num_slots, pool, how, verification, open_file) as store,
     ):
         yield store, pool
 
@@ -82,23 +123,38 @@ def ended(store: DiskStore, job_id: int) -> frozenset[int]:
 
 
 def written(
-    store: DiskStore, pool: HostPool, blocks: dict[BlockKey, int], version: int = 0
+    store: DiskStore,
+    pool: HostPool,
+    blocks: dict[BlockKey, int],
+    version: int = 0,
+    verification: Verification | None = None,
 ) -> frozenset[int]:
     """Write the bytes of keys to the slots that they have; positions that failed."""
     for key, slot in blocks.items():
         fill(pool, slot, block_bytes(key, version, pool.slot_bytes))
+        seal(pool, slot, key, verification)
     slots = list(blocks.values())
     store.write(1, list(blocks), slots, slots)
     return ended(store, 1)
 
 
 def read(
-    store: DiskStore, pool: HostPool, keys: Sequence[BlockKey], slots: Sequence[int]
+    store: DiskStore,
+    pool: HostPool,
+    keys: Sequence[BlockKey],
+    slots: Sequence[int],
+    verification: Verification | None = None,
 ) -> list[bytes | None]:
-    """Bytes of keys from disk slots; None is a miss."""
+    """Bytes of keys from disk slots; None is a miss, or what no load would take."""
     pool.bytes.fill_(0xEE)
+    pool.checksums.fill_(0xEE)
     store.read(2, list(keys), list(slots), list(range(len(keys))))
-    failed = ended(store, 2)
+    failed = set(ended(store, 2))
+    for at in set(range(len(keys))) - failed:
+        if not is_whole(pool, at, keys[at], verification):
+            assert verification is not None
+            assert verification.by_gpu  # else it was told
+            failed.add(at)
     return [None if i in failed else content(pool, i) for i in range(len(keys))]
 
 

@@ -158,6 +158,8 @@ class SimulatedDisk:
             self.slots.clear()
             for move in self.under:
                 move.void = True
+        for slot in plan.erases:
+            self.slots.pop(slot, None)
         for one in plan.writes:
             prints = [self._host[slot] for slot in one.slots.tolist()]
             assert TORN not in prints, "a block is written before it is there"

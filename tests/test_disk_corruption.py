@@ -11,21 +11,23 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 import pytest
-from disks import NAMESPACE, SECTOR, block_bytes
+from disks import KINDS, NAMESPACE, SECTOR, block_bytes, fill, is_whole, seal, verified_by
 from xxhash import xxh3_64_intdigest
 
 from kvortex.checksum import num_pieces
+from kvortex.disk.checksums import Checksums
 from kvortex.disk.format import NO_RECORD, RECORD_BYTES, Record, RecordFormat
 from kvortex.disk.job import BlockRead, DiskJob
 from kvortex.disk.moves import Moves
 from kvortex.disk.slots import SlotFiles, Status
+from kvortex.host_pool import HostPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     Spoil = Callable[["Disk", random.Random], None]
 
-CASES = 10_000
+CASES = dict.fromkeys(KINDS, 10000) | {"the GPU": 2_000}  # whose sums are slow on the CPU
 SLOT_BYTES = 4096
 KEYS = [b"key-%d" % number for number in range(5)]
 NUM_SLOTS = len(KEYS) + 1  # one is empty
@@ -58,12 +60,39 @@ def opened(folder: Path) -> Iterator[SlotFiles]:
         os.close(fd)
 
 
-def read(files: SlotFiles, key: bytes, slot: int) -> bytes | None:
-    memory = bytearray(b"\xee" * SLOT_BYTES)
-    job = DiskJob(1, [key], [slot], [0], 0.0, 1, [BlockRead.of(num_pieces(SLOT_BYTES))])
-    moves = Moves(files, memoryview(memory), {1: job}, Event(), lambda: None)
-    status = moves.read([1, 0, 0, 1, 1 << 62])
-    return bytes(memory) if status is Status.DONE else None
+class Reader:
+    """What reads blocks into a pool of one slot, where a load compares them."""
+
+    def __init__(self, pool: HostPool, kind: str) -> None:
+        self.kind = kind
+        self.pool = pool
+        self.memory = pool.bytes.view(-1).numpy().data
+        self.verification = verified_by(kind, SLOT_BYTES)
+        self.checksums = Checksums(pool, self.verification)
+        self.left_to_loads = 0
+
+    def write(self, files: SlotFiles, key: bytes, slot: int) -> None:
+        fill(self.pool, 0, block_bytes(key, slot_bytes=SLOT_BYTES))
+        seal(self.pool, 0, key, self.verification)
+        files.write(slot, key, slot, self.memory, self.checksums.of(0, self.memory))
+
+    def read(self, files: SlotFiles, key: bytes, slot: int) -> bytes | None:
+        self.pool.bytes.fill_(0xEE)
+        self.pool.checksums.fill_(0)
+        job = DiskJob(1, [key], [slot], [0], 0.0, 1, [BlockRead.of(num_pieces(SLOT_BYTES))])
+        moves = Moves(files, self.memory, self.checksums, {1: job}, Event(), lambda: None)
+        if moves.read([1, 0, 0, 1, 1 << 62]) is not Status.DONE:
+            return None
+        if is_whole(self.pool, 0, key, self.verification):
+            return self.memory.tobytes()
+        self.left_to_loads += 1
+        return None
+
+
+@pytest.fixture(params=KINDS)
+def reader(request: pytest.FixtureRequest) -> Iterator[Reader]:
+    with HostPool(1, SLOT_BYTES, pinned=False) as pool:
+        yield Reader(pool, request.param)
 
 
 def flip_bits(disk: Disk, draw: random.Random) -> None:
@@ -137,27 +166,26 @@ SPOILS: list[Spoil] = [
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> Iterator[Path]:
+def whole(tmp_path: Path, reader: Reader) -> Iterator[Path]:
     """A folder with a block of each key, in memory if there is such a file system."""
     shared = Path("/dev/shm")
     folder = shared / f"kvortex-{os.getpid()}" if shared.is_dir() else tmp_path / "cache"
     folder.mkdir()
     with opened(folder) as files:
         for slot, key in enumerate(KEYS):
-            data = bytearray(block_bytes(key, slot_bytes=SLOT_BYTES))
-            files.write(slot, key, slot, memoryview(data))
+            reader.write(files, key, slot)
     yield folder
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
 
 
-def test_nothing_but_what_was_written_is_read(whole: Path) -> None:
+def test_nothing_but_what_was_written_is_read(whole: Path, reader: Reader) -> None:
     expected = {key: block_bytes(key, slot_bytes=SLOT_BYTES) for key in KEYS}
     pristine = Disk(whole)
     records, slots = bytes(pristine.records), bytes(pristine.slots)
     draw, misses = random.Random(6), dict.fromkeys(SPOILS, 0)
-    for case in range(CASES):
+    for case in range(CASES[reader.kind]):
         spoil = SPOILS[case % len(SPOILS)]
         disk = pristine
         disk.records[:], disk.slots[:] = records, slots
@@ -165,21 +193,23 @@ def test_nothing_but_what_was_written_is_read(whole: Path) -> None:
         disk.save()
         with opened(whole) as files:
             for slot, key in enumerate(KEYS):
-                found = read(files, key, slot)
+                found = reader.read(files, key, slot)
                 assert found in {None, expected[key]}, (case, spoil)
                 misses[spoil] += found is None
             for key, slot in zip(files.survivors.keys, files.survivors.slots, strict=True):
-                assert read(files, key, int(slot)) in {None, expected.get(key)}, (case, spoil)
-            assert read(files, KEYS[0], NUM_SLOTS - 1) in {None, expected[KEYS[0]]}
+                found = reader.read(files, key, int(slot))
+                assert found in {None, expected.get(key)}, (case, spoil)
+            assert reader.read(files, KEYS[0], NUM_SLOTS - 1) in {None, expected[KEYS[0]]}
     assert all(misses.values()), misses  # every way to spoil does spoil something
+    assert bool(reader.left_to_loads) is (reader.kind == "the GPU")
 
 
-def test_a_pristine_cache_is_read_whole(whole: Path) -> None:
+def test_a_pristine_cache_is_read_whole(whole: Path, reader: Reader) -> None:
     with opened(whole) as files:
         assert files.survivors.keys == KEYS
         assert files.survivors.invalid == 0
         for slot, key in enumerate(KEYS):
-            assert read(files, key, slot) == block_bytes(key, slot_bytes=SLOT_BYTES)
+            assert reader.read(files, key, slot) == block_bytes(key, slot_bytes=SLOT_BYTES)
 
 
 def test_what_cannot_be_a_record_is_counted(whole: Path) -> None:

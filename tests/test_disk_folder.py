@@ -12,12 +12,23 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 import pytest
-from disks import NAMESPACE, SLOT_BYTES, block_bytes, opened, read, written
+from disks import (
+    KINDS,
+    NAMESPACE,
+    SLOT_BYTES,
+    block_bytes,
+    opened,
+    read,
+    verified_by,
+    written,
+)
 
+import kvortex.disk.format
 import kvortex.disk.neighbours
 from kvortex.cli import main
 from kvortex.core import ConfigError
 from kvortex.disk import Namespace
+from kvortex.disk.checksums import scheme_of
 from kvortex.disk.format import PAGE
 from kvortex.disk.tool import inspect
 
@@ -68,10 +79,11 @@ def test_a_folder_says_what_it_is(tmp_path: Path) -> None:
     about = json.loads((fill_disk(tmp_path) / "namespace.json").read_text())
     assert len(about.pop("life")) == 32
     assert about == {
-        "format": "kvortex-disk-1",
+        "format": "kvortex-disk-2",
         "rank": 0,
         "slot_bytes": SLOT_BYTES,
         "num_slots": 8,
+        "checksums": {"kind": "xxh3", "fingerprint": 0, "word": 0, "stretches": []},
         "namespace": {"model": "tiny", "dtype": "bfloat16"},
     }
 
@@ -272,7 +284,7 @@ def test_inspect_and_verify_and_clear(
         "description": {"model": "tiny", "dtype": "bfloat16"},
     }
     assert main(["disk", "verify", "--json", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out) == {"good": 2, "corrupt": 0}
+    assert json.loads(capsys.readouterr().out) == {"good": 2, "corrupt": 0, "not_verifiable": 0}
     with (folder / "slots").open("r+b") as file:
         file.seek(3 * SLOT_BYTES + 77)
         file.write(b"spoiled")
@@ -283,6 +295,114 @@ def test_inspect_and_verify_and_clear(
     assert [path.name for path in tmp_path.iterdir()] == [".kvortex-lock"]
     assert main(["disk", "inspect", str(tmp_path)]) == 0
     assert "no caches" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slot_bytes", [SLOT_BYTES, 999, (2 << 20) + 8])
+def test_whoever_counted_checksums_verify_compares_them(
+    kind: str, slot_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = verified_by(kind, slot_bytes)
+    with opened(tmp_path, slot_bytes=slot_bytes, verification=how) as (store, pool):
+        assert not written(store, pool, BLOCKS, verification=how)
+        assert not written(store, pool, {b"c": 1}, verification=how)
+    assert main(["disk", "verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "3 blocks are good, 0 are corrupt\n"
+    folder = tmp_path / NAMESPACE.digest(slot_bytes, scheme_of(how)).hex() / "rank-0"
+    with (folder / "slots").open("r+b") as file:
+        file.seek(slot_bytes - 1)
+        (last,) = file.read(1)
+        file.seek(slot_bytes - 1)
+        file.write(bytes([last ^ 1]))
+    assert main(["disk", "verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "2 blocks are good, 1 are corrupt\n"
+
+
+GOOD = {"kind": "sum of words of 8 bytes", "fingerprint": 3, "word": 8, "stretches": [[0, 8192]]}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        None,
+        [],
+        {},
+        {**GOOD, "kind": 5},
+        {**GOOD, "kind": ["xxh3"]},
+        {**GOOD, "kind": "crc32"},
+        {**GOOD, "kind": "sum of words of 4 bytes"},
+        {**GOOD, "kind": "sum of words of 0 bytes", "word": 0},
+        {**GOOD, "kind": "sum of words of 3 bytes", "word": 3},
+        {**GOOD, "word": "8"},
+        {**GOOD, "word": 8.0},
+        {**GOOD, "word": [8]},
+        {**GOOD, "fingerprint": 1 << 63},
+        {**GOOD, "fingerprint": -1 << 200},
+        {**GOOD, "fingerprint": 0.5},
+        {**GOOD, "fingerprint": True},
+        {**GOOD, "stretches": None},
+        {**GOOD, "stretches": {"0": 8}},
+        {**GOOD, "stretches": [8]},
+        {**GOOD, "stretches": [[0, 8, 16]]},
+        {**GOOD, "stretches": [[0, "8"]]},
+        {**GOOD, "stretches": [[-8, 8]]},
+        {**GOOD, "stretches": [[8, -8]]},
+        {**GOOD, "stretches": [[4, 8]]},
+        {**GOOD, "stretches": [[0, 12]]},
+        {**GOOD, "stretches": [[0, 8200]]},
+        {**GOOD, "stretches": [[8, 8192]]},
+        {**GOOD, "stretches": [[0, 1 << 70]]},
+        {**GOOD, "stretches": [[0, 8192]] * 1000},
+        {**GOOD, "stretches": [[16, 8], [0, 8]]},
+    ],
+)
+def test_what_a_cache_says_of_its_checksums_is_not_trusted(
+    told: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = fill_disk(tmp_path) / "namespace.json"
+    for says, unknown, corrupt in ((told, 2, 0), (GOOD, 0, 2)):
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"checksums": says}))
+        assert main(["disk", "verify", "--json", str(tmp_path)]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert found == {"good": 0, "corrupt": corrupt, "not_verifiable": unknown}
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"checksums": told}))
+    assert main(["disk", "verify", str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert shown == "0 blocks are good, 0 are corrupt, 2 are not verifiable\n"
+
+
+def test_a_cache_of_the_first_format_is_another_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kvortex.disk.format, "FORMAT", "kvortex-disk-1")
+    monkeypatch.setattr(kvortex.disk.format, "MAGIC", b"KVXSLOT1")
+    old = fill_disk(tmp_path)
+    about = json.loads((old / "namespace.json").read_text())
+    del about["checksums"]
+    (old / "namespace.json").write_text(json.dumps(about))
+    monkeypatch.undo()
+    with opened(tmp_path) as (store, _):
+        assert store.survivors.keys == []
+        assert store.survivors.invalid == 0
+    assert folder_of(tmp_path) != old
+    assert [info.invalid for info in inspect(tmp_path)] in ([2, 0], [0, 2])
+    assert main(["disk", "verify", str(tmp_path)]) == 0  # nothing of it is a record
+    monkeypatch.setattr(kvortex.disk.neighbours, "SPARE_SHARE", 2.0)
+    with opened(tmp_path):
+        assert not old.exists()  # it made room
+    assert main(["disk", "clear", "--yes", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("1 caches removed\n")
+
+
+def test_clear_removes_a_cache_of_the_first_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvortex.disk.format, "FORMAT", "kvortex-disk-1")
+    monkeypatch.setattr(kvortex.disk.format, "MAGIC", b"KVXSLOT1")
+    old = fill_disk(tmp_path)
+    monkeypatch.undo()
+    assert main(["disk", "clear", "--yes", str(tmp_path)]) == 0
+    assert not old.exists()
 
 
 def test_clear_asks(tmp_path: Path) -> None:
@@ -371,7 +491,8 @@ def test_the_tools_stand_whatever_is_in_the_place_of_a_file(
     assert info["used"] == (len(BLOCKS) if name == "slots" else 0)
     assert main(["disk", "verify", str(tmp_path), "--json"]) == (name == "slots")
     corrupt = len(BLOCKS) if name == "slots" else 0
-    assert json.loads(capsys.readouterr().out) == {"good": 0, "corrupt": corrupt}
+    told = {"good": 0, "corrupt": corrupt, "not_verifiable": 0}
+    assert json.loads(capsys.readouterr().out) == told
 
 
 def test_a_description_does_not_steer_the_terminal(

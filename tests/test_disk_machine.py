@@ -9,10 +9,24 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 from budget import budget
-from disks import NAMESPACE, SLOT_BYTES, Faults, all_ended, block_bytes, content, fill, opened
+from disks import (
+    KINDS,
+    NAMESPACE,
+    SLOT_BYTES,
+    Faults,
+    all_ended,
+    block_bytes,
+    content,
+    fill,
+    is_whole,
+    opened,
+    seal,
+    verified_by,
+)
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -23,6 +37,10 @@ from hypothesis.stateful import (
 )
 
 import kvortex.disk.breaker
+from kvortex.disk.checksums import scheme_of
+
+if TYPE_CHECKING:
+    from kvortex.verification import Verification
 
 NUM_SLOTS = 5
 KEYS = [b"a", b"b", b"c", b"d"]
@@ -36,8 +54,11 @@ class DiskMachine(RuleBasedStateMachine):
     all that was ever written to a slot.
 
     What may be read of a slot under a key is only what was written there under it; of what a fault
-    or a power cut touched, it may be nothing.
+    or a power cut touched, it may be nothing. What a load would not take, because it does not agree
+    with the checksum that came with it, was not read.
     """
+
+    verification: ClassVar[Verification | None]
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +76,12 @@ class DiskMachine(RuleBasedStateMachine):
         self.opened = ExitStack()
         self.outlives = True
         self.store, self.pool = self.opened.enter_context(
-            opened(self.folder, NUM_SLOTS, open_file=self.faults.open_file)
+            opened(
+                self.folder,
+                NUM_SLOTS,
+                verification=self.verification,
+                open_file=self.faults.open_file,
+            )
         )
         found = self.store.survivors
         assert len(set(found.keys)) == len(found.keys)
@@ -67,6 +93,11 @@ class DiskMachine(RuleBasedStateMachine):
                 del self.sure[slot]
             else:
                 assert there[slot] == key
+
+    @property
+    def rank_folder(self) -> Path:
+        digest = NAMESPACE.digest(SLOT_BYTES, scheme_of(self.verification))
+        return self.folder / digest.hex() / "rank-0"
 
     def unsure_of(self, key: bytes, version: int) -> bool:
         """Whether a later write of the key may have survived in a slot that we are not sure of."""
@@ -81,6 +112,7 @@ class DiskMachine(RuleBasedStateMachine):
         versions = [next(self.numbers) for _ in blocks]
         for (slot, key), version in zip(blocks, versions, strict=True):
             fill(self.pool, slot, block_bytes(key, version))
+            seal(self.pool, slot, key, self.verification)
             self.ever.setdefault((slot, key), set()).add(version)
             self.sure.pop(slot, None)
             self.gone.discard(slot)
@@ -95,12 +127,17 @@ class DiskMachine(RuleBasedStateMachine):
     @rule(blocks=several)
     def read(self, blocks: list[tuple[int, bytes]]) -> None:
         self.pool.bytes.fill_(0xEE)
+        self.pool.checksums.fill_(0xEE)
         job, host = next(self.jobs), list(range(len(blocks)))
         self.store.read(job, [key for _, key in blocks], [slot for slot, _ in blocks], host)
         failed = all_ended(self.store, job)[job]
         for at, (slot, key) in enumerate(blocks):
-            if at not in failed:
+            if at not in failed and is_whole(self.pool, at, key, self.verification):
                 self.check(slot, key, content(self.pool, at))
+            elif at not in failed:
+                assert self.verification is not None
+                assert self.verification.by_gpu
+                assert slot not in self.sure
             elif self.faults.error is None or self.faults.writes_only:
                 assert self.sure.get(slot, (None, 0))[0] != key
 
@@ -141,7 +178,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(slot=slots, at=st.integers(0, SLOT_BYTES - 1))
     def corrupt(self, slot: int, at: int) -> None:
-        path = self.folder / NAMESPACE.digest(SLOT_BYTES).hex() / "rank-0" / "slots"
+        path = self.rank_folder / "slots"
         with path.open("r+b") as file:
             file.seek(slot * SLOT_BYTES + at)
             byte = file.read(1)
@@ -175,8 +212,7 @@ class DiskMachine(RuleBasedStateMachine):
         lost = list(self.faults.unsynced)
         self.opened.close()
         self.faults.unsynced[:] = lost  # there was no orderly end
-        folder = self.folder / NAMESPACE.digest(SLOT_BYTES).hex() / "rank-0"
-        self.faults.cut_power(folder, random.Random(seed))
+        self.faults.cut_power(self.rank_folder, random.Random(seed))
         self.faults.error = None
         self.sure.clear()
         self.gone.clear()
@@ -195,6 +231,9 @@ class DiskMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.fuzz
-def test_any_sequence_of_moves_and_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_sequence_of_moves_and_faults(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvortex.disk.breaker, "ERRORS_IN_A_ROW", 1 << 30)  # another test's matter
-    run_state_machine_as_test(DiskMachine, settings=budget(60, stateful_step_count=25))
+    members = {"verification": verified_by(kind)}
+    machine = type(f"DiskMachine_{KINDS.index(kind)}", (DiskMachine,), members)
+    run_state_machine_as_test(machine, settings=budget(40, stateful_step_count=25))

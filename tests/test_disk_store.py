@@ -7,10 +7,25 @@ import logging
 import os
 import shutil
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from disks import Faults, all_ended, block_bytes, content, ended, fill, opened, read, written
+from disks import (
+    KINDS,
+    Faults,
+    all_ended,
+    block_bytes,
+    checksum,
+    content,
+    ended,
+    fill,
+    opened,
+    read,
+    seal,
+    verified_by,
+    written,
+)
 
 import kvortex.disk.breaker
 import kvortex.disk.lane
@@ -28,22 +43,94 @@ KEYS = [b"first", b"second", b"third" * 12]
 SLOTS = dict(zip(KEYS, (0, 5, 3), strict=True))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slot_bytes", [1, 100, 4096, 8192, 600_001, 1 << 20, (1 << 20) + 4096])
 def test_what_was_written_is_read_by_this_store_and_the_next(
-    tmp_path: Path, slot_bytes: int
+    tmp_path: Path, slot_bytes: int, kind: str
 ) -> None:
     expected = [block_bytes(key, slot_bytes=slot_bytes) for key in KEYS]
-    with opened(tmp_path, slot_bytes=slot_bytes, readers=4) as (store, pool):
+    how = verified_by(kind, slot_bytes)
+    with opened(tmp_path, slot_bytes=slot_bytes, verification=how, readers=4) as (store, pool):
         assert store.direct
-        assert written(store, pool, SLOTS) == frozenset()
-        assert read(store, pool, KEYS, list(SLOTS.values())) == expected
-    with opened(tmp_path, slot_bytes=slot_bytes, readers=4) as (store, pool):
+        assert written(store, pool, SLOTS, verification=how) == frozenset()
+        assert read(store, pool, KEYS, list(SLOTS.values()), how) == expected
+    with opened(tmp_path, slot_bytes=slot_bytes, verification=how, readers=4) as (store, pool):
         found = dict(zip(store.survivors.keys, store.survivors.slots.tolist(), strict=True))
         assert found == SLOTS
         assert store.survivors.generations.tolist() == [1, 2, 3]
-        assert [read(store, pool, [key], [SLOTS[key]])[0] for key in KEYS] == expected
+        assert [read(store, pool, [key], [SLOTS[key]], how)[0] for key in KEYS] == expected
         assert store.counters.read_blocks == 3
         assert store.counters.read_bytes == 3 * slot_bytes
+
+
+@pytest.mark.parametrize("slot_bytes", [8192, 2 << 20])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_checksum_beside_a_slot_travels_as_it_is(
+    kind: str, slot_bytes: int, tmp_path: Path
+) -> None:
+    """Nobody counts it anew on the way out; on the way back the CPU compares its own."""
+    how = verified_by(kind, slot_bytes)
+    assert how is not None
+    data = block_bytes(b"a", slot_bytes=slot_bytes)
+    right, wrong = checksum(how, b"a", data), -5
+    with opened(tmp_path, slot_bytes=slot_bytes, verification=how, readers=8) as (store, pool):
+        fill(pool, 1, data)
+        for number, beside in ((1, right), (2, wrong)):
+            pool.checksums[1] = beside
+            store.write(number, [b"a"], [1], [number])
+            assert ended(store, number) == frozenset()
+        for parts in (1, 2, 4)[: store._pieces]:
+            store._most_parts = parts
+            pool.bytes[3].fill_(0xEE)
+            pool.checksums[3] = 0
+            store.read(3, [b"a"], [1], [3])
+            assert ended(store, 3) == frozenset()
+            assert content(pool, 3) == data
+            assert pool.checksums[3] == right
+        pool.checksums[3] = 0
+        store.read(4, [b"a"], [2], [3])
+        assert ended(store, 4) == (frozenset() if how.by_gpu else {0})
+        assert pool.checksums[3] == (wrong if how.by_gpu else 0)
+        assert store.counters.corrupt_blocks == (not how.by_gpu)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_right_bytes_of_another_key_are_wrong(kind: str, tmp_path: Path) -> None:
+    how = verified_by(kind)
+    with opened(tmp_path, verification=how) as (store, pool):
+        written(store, pool, {b"a": 0}, verification=how)
+        seal(pool, 0, b"b", how)
+        store.write(2, [b"a"], [0], [1])
+        assert ended(store, 2) == frozenset()
+        assert read(store, pool, [b"a", b"a"], [0, 1], how) == [block_bytes(b"a"), None]
+
+
+def test_a_cache_is_of_one_kind_of_checksums(tmp_path: Path) -> None:
+    """Those of another layout count as another kind; whoever comes back finds his own."""
+    ways = [*map(verified_by, KINDS), verified_by("the CPU", fingerprint=1)]
+    for n, how in enumerate(ways):
+        with opened(tmp_path, verification=how) as (store, pool):
+            assert store.survivors.keys == []
+            assert store.survivors.invalid == 0
+            assert not written(store, pool, {b"key": n}, verification=how)
+    for n, how in enumerate(ways):
+        with opened(tmp_path, verification=how) as (store, pool):
+            assert store.survivors.slots.tolist() == [n]
+            assert read(store, pool, [b"key"], [n], how) == [block_bytes(b"key")]
+
+
+def test_how_many_loads_are_compared_makes_no_other_cache(tmp_path: Path) -> None:
+    how = verified_by("the GPU")
+    assert how is not None
+    with opened(tmp_path, verification=how) as (store, pool):
+        assert not written(store, pool, {b"key": 3}, verification=how)
+    with opened(tmp_path, verification=replace(how, mode="sampled")) as (store, _):
+        assert store.survivors.keys == [b"key"]
+    with opened(tmp_path, verification=replace(how, mode="off")) as (store, pool):
+        assert store.survivors.keys == []
+        assert not written(store, pool, {b"key": 3})
+    with opened(tmp_path) as (store, _):  # the disk's own, as without any
+        assert store.survivors.keys == [b"key"]
 
 
 def test_a_block_is_read_into_its_slot_and_no_other(tmp_path: Path) -> None:

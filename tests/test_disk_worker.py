@@ -120,6 +120,20 @@ def test_what_a_clear_forgets_is_not_what_comes_with_it(tmp_path: Path) -> None:
         assert content(pool, 3) == block_bytes(b"b")
 
 
+def test_what_is_erased_is_gone_for_the_next_life_and_what_comes_with_it_is_not(
+    tmp_path: Path,
+) -> None:
+    with opened(tmp_path, 4) as (store, _):
+        worker = DiskWorker(store)
+        worker.begin(DiskPlan(writes=(move(1, [b"a", b"b"], [0, 1], [0, 1]),)))
+        settled(worker, store, 1)
+        worker.begin(DiskPlan((move(2, [b"c"], [0], [0]),), erases=(0, 1)))
+        worker.begin(DiskPlan(reads=(move(3, [b"b"], [2], [1]),)))
+        assert settled(worker, store, 2, 3).failed == {3: frozenset({0})}
+    with opened(tmp_path, 4) as (store, _):
+        assert store.survivors.keys == [b"c"]
+
+
 def test_what_is_written_after_a_reset_is_for_this_life_only(tmp_path: Path) -> None:
     """The weights may have been changed, and the next life begins with those of the files."""
     with opened(tmp_path, 4) as (store, _):

@@ -166,6 +166,59 @@ def test_a_disk_that_is_off_is_neither_written_nor_waited_for() -> None:
     setting.check()
 
 
+def test_what_is_distrusted_is_forgotten_and_its_record_erased() -> None:
+    setting = Setting().survived(b"a", b"b")
+    setting.overflow.distrust([b"a", b"never seen"])
+    assert b"a" not in setting.overflow.readable
+    assert setting.overflow.why_not_fetched(b"a") is None
+    assert setting.overflow.pending  # an engine that is idle tells its workers yet
+    assert setting.plan() == DiskPlan(erases=(0,))
+    assert not setting.overflow.pending
+    setting.overflow.distrust([b"a"])  # by the other rank
+    assert setting.overflow.take_plan() is None
+    assert b"b" in setting.disk.readable
+    assert setting.counters.disk_distrusted_blocks == 1
+    (move,) = setting.stored(b"a").plan().writes  # computed anew
+    setting.end(move)
+    assert b"a" in setting.disk.readable
+    setting.check()
+
+
+def test_what_is_being_written_is_distrusted_when_that_has_ended() -> None:
+    setting = Setting(32, num_ranks=2).stored(b"a", b"b")
+    (write,) = setting.plan().writes
+    setting.overflow.distrust([b"b"])
+    assert setting.plan() == DiskPlan()  # a slot that is written cannot be erased
+    setting.end(write)
+    assert (b"a" in setting.disk.readable, b"b" in setting.disk.readable) == (True, False)
+    assert setting.plan() == DiskPlan(erases=(int(write.disk_slots[1]),))
+    assert setting.counters.disk_distrusted_blocks == 1
+    assert setting.counters.disk_failed_writes == 0
+    setting.check()
+
+
+def test_what_is_being_read_is_not_served_once_it_is_distrusted() -> None:
+    setting = Setting(32).survived(b"a", b"b")
+    fetch = setting.fetch("r", b"a", b"b")
+    (read,) = setting.plan().reads
+    setting.overflow.distrust([b"a"])
+    assert setting.plan() == DiskPlan(erases=(0,))
+    assert setting.disk.index.free == 62  # not to be written before the read has ended
+    setting.end(read)
+    assert (b"a" in setting.overflow.readable, fetch.arrived) == (False, 1)
+    assert setting.disk.index.free == 63
+    setting.overflow.fetches.release("r")
+    setting.check()
+
+
+def test_a_reset_erases_what_was_distrusted_with_all_else() -> None:
+    setting = Setting().survived(b"a")
+    setting.overflow.distrust([b"a"])
+    setting.overflow.reset()
+    assert setting.plan() == DiskPlan(clear=True)
+    setting.check()
+
+
 def test_ranks_agree_on_what_survived_and_disagree_on_nothing_else() -> None:
     one = DiskReport(
         {1: 1, 2: 1}, {1: frozenset({0})}, {1: frozenset({0})}, {b"a": 1, b"b": 2, b"c": 3}, 5

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import torch
-from disks import NAMESPACE, Faults
+from disks import NAMESPACE, Faults, is_whole, seal, verified_by
 from doubles import CommandedCopyEngine
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -33,6 +33,7 @@ import kvortex.disk.breaker
 from kvortex.block import State
 from kvortex.core import StepReport
 from kvortex.disk import DiskOptions, DiskStore
+from kvortex.disk.checksums import scheme_of
 from kvortex.disk_worker import DiskWorker
 from kvortex.host_pool import HostPool
 from kvortex.layout import make_layout
@@ -51,6 +52,7 @@ SLOT_BYTES = sum(SIZES)
 CHAINS = [[b"%d/%d" % (chain, place) for place in range(6)] for chain in range(3)]
 """Keys of three prompts, each block with the one before."""
 PARENTS = {key: before for keys in CHAINS for before, key in itertools.pairwise(keys)}
+SEEDED = verified_by("the CPU", SLOT_BYTES)
 EPOCH_0 = 0
 chains, lengths = st.sampled_from(CHAINS), st.integers(1, 6)
 a_few = st.sampled_from([0, 1, 3])
@@ -64,6 +66,10 @@ def right(key: bytes, epoch: int, rank: int) -> bytes:
     """The only bytes that a block may have, as long as the weights are those of an epoch."""
     seed = blake2b(b"%s %d %d" % (key, epoch, rank), digest_size=8).digest()
     return random.Random(seed).randbytes(SLOT_BYTES)
+
+
+def rank_folder(path: Path, number: int) -> Path:
+    return path / NAMESPACE.digest(SLOT_BYTES, scheme_of(SEEDED)).hex() / f"rank-{number}"
 
 
 class Rank:
@@ -89,6 +95,7 @@ class Rank:
                 disk_slots,
                 self.pool,
                 DiskOptions(readers=2, writers=2, read_deadline_s=60.0),
+                SEEDED,
                 self.faults.open_file,
             )
         )
@@ -127,8 +134,7 @@ class Rank:
 
     def cut_power(self, draw: random.Random) -> None:
         self.faults.unsynced = self.close()  # there was no orderly end
-        where = self.folder / NAMESPACE.digest(SLOT_BYTES).hex() / f"rank-{self.number}"
-        self.faults.cut_power(where, draw)
+        self.faults.cut_power(rank_folder(self.folder, self.number), draw)
 
 
 class OverflowMachine(RuleBasedStateMachine):
@@ -171,6 +177,8 @@ class OverflowMachine(RuleBasedStateMachine):
         self.epoch = EPOCH_0
         self.used: dict[int, set[int]] = {}
         """GPU blocks of jobs under way."""
+        self.storing: dict[int, list[bytes]] = {}
+        """Keys of each store's slots."""
         self.asked: dict[str, list[bytes]] = {}
         self.loading: dict[int, list[tuple[bytes, int, int]]] = {}
         """Of what epoch the bytes must be that arrive."""
@@ -202,6 +210,7 @@ class OverflowMachine(RuleBasedStateMachine):
         job = self.offload.store(wanted, blocks, [PARENTS.get(key) for key in wanted])
         if job is not None:
             self.used[job.id] = set(job.block_ids.tolist())
+            self.storing[job.id] = wanted[: len(job.slots)]
         self.go_on(steps)
 
     @rule(
@@ -270,7 +279,16 @@ class OverflowMachine(RuleBasedStateMachine):
             rank.worker.begin(plan)
             rank.let_disk_end()
         self.end_copies(plan, fail)
+        if fail is None:
+            self.sum_up(plan)
         self.settle()
+
+    def sum_up(self, plan: StepPlan) -> None:
+        """Whoever copies leaves the checksum of each block beside its slot."""
+        for job in plan.stores:
+            for slot, key in zip(job.slots.tolist(), self.storing[job.id], strict=True):
+                for rank in self.ranks:
+                    seal(rank.pool, slot, key, SEEDED)
 
     def go_on(self, steps: int) -> None:
         for _ in range(steps):
@@ -315,12 +333,50 @@ class OverflowMachine(RuleBasedStateMachine):
     @rule(rank=ranks, at=st.integers(0, 32 * 4096 - 1))
     def corrupt(self, rank: int, at: int) -> None:
         number = rank % self.num_ranks
-        where = self.path / NAMESPACE.digest(SLOT_BYTES).hex() / f"rank-{number}" / "slots"
+        where = rank_folder(self.path, number) / "slots"
         with where.open("r+b") as file:
             file.seek(at % (self.sizes[1] * 4096) // 4096 * 4096 + at % SLOT_BYTES)
             byte = file.read(1)
             file.seek(-1, 1)
             file.write(bytes([byte[0] ^ 0x40]))
+
+    @rule(keys=chains, length=lengths, steps=a_few, again=rarely, restart=rarely)
+    def distrust(
+        self, keys: list[bytes], length: int, steps: int, again: bool, restart: bool
+    ) -> None:
+        """A load found what is on disk, or on its way, corrupt: it stays nowhere."""
+        keys = keys[:length]
+        if again:  # while it is written, after the same befell what was there
+            self.distrust(keys, length, 2, again=False, restart=False)
+            self.let_drives_work()
+            self.ranks[0].faults.flows.clear()
+            self.compute(keys, length, touch=True, steps=3)
+        written = {key for one in self.overflow.write_behind.under_way for key in one.move.keys}
+        on_disk = {key for key in keys if self.overflow.disk.lookup(key) is not None}
+        self.seen["distrusted while written"] += bool(written & set(keys))
+        found = [self.offload.tier.lookup(key) for key in keys]
+        self.offload.tier.forget([block for block in found if block is not None])
+        self.distrusted |= set(keys)
+        self.overflow.distrust(keys)
+        if again:
+            self.let_drives_work()
+        assert not on_disk & set(self.overflow.disk.readable)  # type: ignore[call-overload]
+        self.go_on(steps)
+        works = all(r.faults.error is None and r.faults.flows.is_set() for r in self.ranks)
+        if restart and works:
+            self.restart_without(on_disk | written & set(keys))
+
+    def restart_without(self, distrusted: set[bytes]) -> None:
+        """What was not written anew since is not found by the next life."""
+        for _ in range(100):
+            if not self.overflow.pending:
+                break
+            self.step()
+        anew = set(self.overflow.disk.readable)  # type: ignore[call-overload]
+        self.restart(really=True, seed=None)
+        self.step()
+        assert not (distrusted - anew) & set(self.overflow.disk.readable)  # type: ignore[call-overload]
+        self.seen["distrusted before a restart"] += bool(distrusted)
 
     @rule(really=rarely, seed=st.one_of(st.none(), st.integers(0, 1 << 16)))
     def restart(self, really: bool, seed: int | None) -> None:
@@ -373,6 +429,7 @@ class OverflowMachine(RuleBasedStateMachine):
         for block in self.offload.tier.index:
             for rank in self.ranks:
                 assert rank.in_host(block.slot) == right(block.key, self.epoch, rank.number)
+                assert is_whole(rank.pool, block.slot, block.key, SEEDED)
 
     @invariant()
     def slots_are_conserved(self) -> None:
@@ -466,5 +523,6 @@ def test_host_and_disk_equal_a_dict_of_bytes(
     machine = type(f"OverflowMachine_{num_ranks}", (OverflowMachine,), members)
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=30))
     reached = ["loaded", "shared", "short", "restarts", "resets under way", "read at the end"]
+    reached += ["distrusted while written", "distrusted before a restart"]
     reached += ["disk_survivors", "disk_missed_writes", "disk_failed_writes", "disk_failed_reads"]
     assert [what for what in reached if not seen[what]] == []

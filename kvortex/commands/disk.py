@@ -55,8 +55,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(verified.as_dict()))
     else:
-        print(f"{verified.good} blocks are good, {verified.corrupt} are corrupt")
-    return outcome.FAILED if verified.corrupt else outcome.OK
+        told = f"{verified.good} blocks are good, {verified.corrupt} are corrupt"
+        lacking = verified.not_verifiable
+        print(f"{told}, {lacking} are not verifiable" if lacking else told)
+    return outcome.OK if verified.good == verified.blocks else outcome.FAILED
 
 
 def _clear(arguments: argparse.Namespace) -> int:

@@ -32,6 +32,8 @@ OWN_NAMES = (NEW_ABOUT, ABOUT, RECORDS, SLOTS, LOCK)
 ROOT_LOCK = ".kvortex-lock"
 LIFE = "life"
 """In what a folder says of itself: drawn by each server that opens it."""
+CHECKSUMS = "checksums"
+"""There, too: how those of its records were made."""
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 LONGEST_ABOUT = 1 << 20
 _NAMESPACE = re.compile(r"[0-9a-f]{32}")

@@ -16,6 +16,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from kvortex.core import MAX_KEY_BYTES
+from kvortex.disk.scheme import OWN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvortex.core import BlockIds, BlockKey
+    from kvortex.disk.scheme import Scheme
 
-FORMAT = "kvortex-disk-1"
-MAGIC = b"KVXSLOT1"
+FORMAT = "kvortex-disk-2"
+MAGIC = b"KVXSLOT2"
 PAGE = 4096
 """What O_DIRECT wants memory, offsets and lengths to be multiples of, on every drive we know."""
 RECORD_BYTES = 128
@@ -60,9 +62,10 @@ class Namespace:
     identity: bytes
     description: Mapping[str, str | int | float]
 
-    def digest(self, slot_bytes: int) -> bytes:
-        """16 bytes that name the cache of blocks of `slot_bytes`."""
-        told = f"{FORMAT} {slot_bytes} ".encode() + self.identity
+    def digest(self, slot_bytes: int, scheme: Scheme = OWN) -> bytes:
+        """16 bytes that name the cache of blocks of `slot_bytes` with checksums of a scheme."""
+        parts = (f"{FORMAT} {slot_bytes}".encode(), scheme.identity, self.identity)
+        told = b" ".join(parts)
         return blake2b(told, digest_size=16).digest()
 
 
@@ -73,7 +76,7 @@ class Record:
     key: BlockKey
     generation: int
     checksum: int
-    """Of the bytes: see `kvortex.checksum`."""
+    """Of the bytes: see `Scheme`; without a sign."""
     written_at: int
     """Seconds since 1970."""
 

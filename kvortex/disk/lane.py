@@ -60,7 +60,7 @@ class Lane:
 
     def answers(self) -> list[list[int]]:
         """Rows that were worked on since the last call, the last number of each replaced."""
-        if not self.under_way:
+        if not self.under_way or not len(self._done):  # a step asks all lanes
             return []
         rows: list[list[int]] = self._done.pop(WAITING).tolist()
         self.under_way -= len(rows)

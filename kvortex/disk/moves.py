@@ -9,13 +9,13 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from kvortex.checksum import combine
 from kvortex.disk.slots import Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from threading import Event
 
+    from kvortex.disk.checksums import Checksums
     from kvortex.disk.job import DiskJob
     from kvortex.disk.slots import SlotFiles
 
@@ -35,6 +35,7 @@ class Moves:
     Args:
         files: of the disk slots.
         memory: the host slots, one behind the other.
+        checksums: of records.
         jobs: by id.
         closing: set, nobody waits for an appointment any more.
         renew: has the files opened anew, if they are not where they were.
@@ -44,12 +45,14 @@ class Moves:
         self,
         files: SlotFiles,
         memory: memoryview,
+        checksums: Checksums,
         jobs: Mapping[int, DiskJob],
         closing: Event,
         renew: Callable[[], None],
     ) -> None:
         self._files = files
         self._memory = memory
+        self._checksums = checksums
         self._jobs = jobs
         self._closing = closing
         self._renew = renew
@@ -101,11 +104,13 @@ class Moves:
         return Status.DONE
 
     def _write(self, job: DiskJob, position: int) -> Status:
+        block = self._host_block(job, position)
         self._files.write(
             job.disk_slots[position],
             job.keys[position],
             job.generation + position,
-            self._host_block(job, position),
+            block,
+            self._checksums.of(job.host_slots[position], block),
         )
         return Status.DONE
 
@@ -115,15 +120,18 @@ class Moves:
         if record is None or record.key != job.keys[position]:
             return Status.STALE
         first, end = (len(digests) * p // parts for p in (part, part + 1))
-        self._files.read(slot, self._host_block(job, position), digests, first, end)
+        block = self._host_block(job, position)
+        self._files.read(slot, block, first, end)
+        self._checksums.digest(block, digests, first, end)
         return Status.DONE
 
     def _checked(self, job: DiskJob, position: int) -> Status:
         """Whether what is in memory now is what was written under this key."""
-        record = self._files.record(job.disk_slots[position])
-        if record is None or record.key != job.keys[position]:
+        key, record = job.keys[position], self._files.record(job.disk_slots[position])
+        if record is None or record.key != key:
             return Status.STALE
-        ours = combine(job.reads[position].digests) == record.checksum
+        digests, host_slot = job.reads[position].digests, job.host_slots[position]
+        ours = self._checksums.arrive(key, record, digests, host_slot)
         return Status.DONE if ours else Status.CORRUPT
 
     def _exists(self, job: DiskJob, position: int) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvortex.config import GIB
 from kvortex.core import ConfigError
-from kvortex.disk.folder import LIFE, RankFolder
+from kvortex.disk.folder import CHECKSUMS, LIFE, RankFolder
 from kvortex.disk.format import FORMAT, RecordFormat, stride
 from kvortex.disk.neighbours import Neighbours
 from kvortex.disk.slots import SlotFiles
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvortex.disk.format import Namespace
+    from kvortex.disk.scheme import Scheme
     from kvortex.disk.slots import OpenFile
 
 logger = logging.getLogger(__name__)
@@ -42,9 +43,10 @@ class OpenCache:
         rank: int,
         num_slots: int,
         slot_bytes: int,
+        scheme: Scheme,
         open_file: OpenFile,
     ) -> None:
-        digest = namespace.digest(slot_bytes)
+        digest = namespace.digest(slot_bytes, scheme)
         self._record_format = RecordFormat(digest, rank, slot_bytes)
         self._life = secrets.token_hex(16)
         self._open_folder = partial(RankFolder, disk_path, digest, rank)
@@ -53,6 +55,7 @@ class OpenCache:
             "rank": rank,
             "slot_bytes": slot_bytes,
             "num_slots": num_slots,
+            CHECKSUMS: scheme.as_dict(),
             "namespace": dict(namespace.description),
             LIFE: self._life,
         }

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from kvortex.checksum import PIECE_BYTES, checksum_of, digest_pieces
+from kvortex.checksum import PIECE_BYTES
 from kvortex.disk.file import DiskFile
 from kvortex.disk.folder import RECORDS, SLOTS
 from kvortex.disk.format import (
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from kvortex.checksum import Digests
     from kvortex.core import BlockIds, BlockKey
     from kvortex.disk.format import Survivors
 
@@ -147,23 +146,24 @@ class SlotFiles:
         """Whose bytes a slot holds."""
         return peek(self._table, slot)
 
-    def write(self, slot: int, key: BlockKey, generation: int, block: memoryview) -> None:
-        """Keep a block.
+    def write(
+        self, slot: int, key: BlockKey, generation: int, block: memoryview, checksum: int
+    ) -> None:
+        """Keep a block, and its checksum.
 
         Raises:
             OSError: the slot holds nothing.
         """
         files = self._current()
         self.erase(slot)
-        checksum = checksum_of(block)
         files.slots.write(self._padded(block, files), slot * self.stride)
         record = Record(key, generation, checksum, int(time.time()))
         packed = self._format.pack(slot, record)
         files.records.write(packed, slot * RECORD_BYTES)
         self._table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = packed
 
-    def read(self, slot: int, block: memoryview, digests: Digests, first: int, end: int) -> None:
-        """Fill pieces `first` to `end` of a block, with their checksums, unverified.
+    def read(self, slot: int, block: memoryview, first: int, end: int) -> None:
+        """Fill pieces `first` to `end` of a block, unverified.
 
         Raises:
             OSError: they could not be read.
@@ -177,7 +177,6 @@ class SlotFiles:
             padded = self._scratch(len(part))
             files.slots.read(padded, offset)
             part[:] = padded[: len(part)]
-        digest_pieces(block, digests, first, end)
 
     def erase(self, slot: int) -> None:
         """Have a slot hold nothing, also after a restart.

@@ -18,6 +18,7 @@ import numpy as np
 from kvortex.bell import Bell
 from kvortex.checksum import num_pieces
 from kvortex.disk.breaker import Breaker
+from kvortex.disk.checksums import Checksums
 from kvortex.disk.file import DiskFile
 from kvortex.disk.job import BlockRead, DiskJob
 from kvortex.disk.lane import Lane
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from kvortex.disk.slots import OpenFile
     from kvortex.host_pool import HostPool
     from kvortex.spsc import Records
+    from kvortex.verification import Verification
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +51,15 @@ CLOSE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class DiskOptions:
-    """How hard a drive is driven. As many threads read, or write, as its queue shall be deep."""
+    """How hard a drive is driven. As many threads read, or write, as its queue shall be deep: each
+    waits in the kernel for a block of its own. fio was at its best at 8 on a virtio drive (see the
+    bandwidth rows of bench_disk)."""
 
     max_write_bytes_per_s: float | None = None
     read_deadline_s: float = 1.0
     """How long a read is worth waiting for."""
     readers: int = 8
-    writers: int = 4
+    writers: int = 8
     most_parts: int = max(1, len(os.sched_getaffinity(0)) // 4)
     """In how many parts, by as many readers, one block may be read. On two busy cores the second
     part cost 50 us and the fourth 100 more, where each saves at most its share of the checksum (see
@@ -77,6 +81,8 @@ class DiskStore:
         num_slots: on the disk; set aside at once. More than before keeps what there is, less
             gives up what is past the end.
         pool: whose slots are written and read.
+        verification: how the checksums beside its slots are made, which then travel with the bytes;
+            None if they mean nothing.
         open_file: makes a DiskFile.
 
     Raises:
@@ -91,14 +97,17 @@ class DiskStore:
         num_slots: int,
         pool: HostPool,
         options: DiskOptions = DiskOptions(),
+        verification: Verification | None = None,
         open_file: OpenFile = DiskFile,
     ) -> None:
         self.counters = DiskCounters()
         self.num_slots = num_slots
         self.slot_bytes = pool.slot_bytes
         self._memory = pool.bytes.view(-1).numpy().data
+        checksums = Checksums(pool, verification)
         self._pieces = num_pieces(pool.slot_bytes)
-        self._most_parts = min(options.most_parts, self._pieces)
+        # Parts save nothing but hashing: the kernel itself reads a block by many requests at once.
+        self._most_parts = min(options.most_parts, self._pieces) if checksums.compares else 1
         self._read_deadline_s = options.read_deadline_s
         self._pace = Pace(options.max_write_bytes_per_s)
         self._reading = Breaker(f"reading from {disk_path}")
@@ -110,7 +119,9 @@ class DiskStore:
         """Slots to erase for which no lane had room yet."""
         self._erasing: set[int] = set()
         self._to_wipe = self._wiping = False
-        self._cache = OpenCache(disk_path, namespace, rank, num_slots, pool.slot_bytes, open_file)
+        self._cache = OpenCache(
+            disk_path, namespace, rank, num_slots, pool.slot_bytes, checksums.scheme, open_file
+        )
         self._files = self._cache.files
         found = self._files.survivors
         self.counters.removed_caches = self._cache.removed
@@ -120,7 +131,9 @@ class DiskStore:
         self._generation = 1 + int(max(found.generations, default=0))
         self._answered = Bell()
         self._closing = Event()
-        moves = Moves(self._files, self._memory, self._jobs, self._closing, self._cache.renew)
+        moves = Moves(
+            self._files, self._memory, checksums, self._jobs, self._closing, self._cache.renew
+        )
         self._readers = self._start_lanes("kvortex-disk-read", options.readers, moves.read)
         self._writers = self._start_lanes("kvortex-disk-write", options.writers, moves.write)
         self._lanes = (*self._readers, *self._writers)
@@ -317,7 +330,7 @@ class DiskStore:
 
     def _take_answers(self) -> None:
         for lane in self._lanes:
-            for row in lane.answers():
+            for row in lane.answers() if lane.under_way else ():
                 self._settle(*row)
 
     def _settle(self, job_id: int, position: int, _part: int, _parts: int, status: int) -> None:

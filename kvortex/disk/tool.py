@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvortex.checksum import checksum_of
 from kvortex.core import ConfigError, KVortexError, printable
 from kvortex.disk.folder import (
+    CHECKSUMS,
     RECORDS,
     ROOT_LOCK,
     SLOTS,
@@ -30,6 +30,8 @@ from kvortex.disk.format import (
     stride,
 )
 from kvortex.disk.neighbours import remove_idle
+from kvortex.disk.recount import recount
+from kvortex.disk.scheme import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,6 +72,19 @@ class Verified:
 
     good: int = 0
     corrupt: int = 0
+    not_verifiable: int = 0
+    """What the cache says of their checksums was not written by us."""
+
+    def count(self, good: bool | None) -> None:
+        """A block, of which None is known."""
+        self.good += good is True
+        self.corrupt += good is False
+        self.not_verifiable += good is None
+
+    @property
+    def blocks(self) -> int:
+        """All of them."""
+        return self.good + self.corrupt + self.not_verifiable
 
     def as_dict(self) -> dict[str, int]:
         """Name to number."""
@@ -100,9 +115,8 @@ def verify(path: Path, progress: Callable[[int, int], None]) -> Verified:
     total, verified = sum(info.used for info in inspect(path)), Verified()
     for namespace, rank, folder in _folders(path):
         for good in _checks(folder, namespace, rank):
-            verified.good += good
-            verified.corrupt += not good
-            progress(verified.good + verified.corrupt, total)
+            verified.count(good)
+            progress(verified.blocks, total)
     return verified
 
 
@@ -213,25 +227,30 @@ def _info(folder: int, namespace: str, rank: int) -> CacheInfo:
     )
 
 
-def _checks(folder: int, namespace: str, rank: int) -> Iterator[bool]:
-    """Whether each block is what was written."""
-    slot_bytes = _slot_bytes(read_about(folder))
+def _checks(folder: int, namespace: str, rank: int) -> Iterator[bool | None]:
+    """Whether each block is what was written; None where nobody can tell."""
+    about = read_about(folder)
+    slot_bytes = _slot_bytes(about)
+    scheme = Scheme.read(about.get(CHECKSUMS), slot_bytes)
     packed = _read_records(folder)
     found = RecordFormat(bytes.fromhex(namespace), rank, slot_bytes).read_table(memoryview(packed))
     for slot in sorted(found.slots.tolist()):
-        block = memoryview(_read_block(folder, slot_bytes, slot * stride(slot_bytes)))
         record = peek(packed, slot)
+        if scheme is None or record is None:
+            yield None
+            continue
+        block = memoryview(_read_block(folder, slot_bytes, slot * stride(slot_bytes)))
         whole = len(block) == slot_bytes
-        yield whole and record is not None and checksum_of(block) == record.checksum
+        yield whole and recount(scheme, record.key, block) == record.checksum
 
 
-def _read_block(folder: int, size: int, offset: int) -> bytes:
+def _read_block(folder: int, size: int, offset: int) -> bytearray:
     """As much of it as the drive gives back."""
     try:
         with opened_file(SLOTS, folder) as file:
-            return os.pread(file, size, offset)
+            return bytearray(os.pread(file, size, offset))
     except OSError:
-        return b""
+        return bytearray()
 
 
 def _slot_bytes(about: dict[str, Any]) -> int:
