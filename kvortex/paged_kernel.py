@@ -69,6 +69,7 @@ class PagedKernel:
         copy: bool = True,
     ) -> None:
         self._runs, self._ids = runs, ids
+        self.device = runs.device
         self._num_runs = runs.shape[0]
         self._slot_bytes = slots.shape[1]
         self._tiling = tiling

@@ -201,6 +201,7 @@ class SimulatedKernel:
         self._ways = ids.verdicts.ways if ids.verdicts is not None else {False}
         self._sums = ids.verdicts.sums if ids.verdicts is not None else None
         self._copies = copy
+        self.device = runs.device
         self._word = tiling.word
         self._runs: list[list[int]] = runs.tolist()
         self._slot_bytes = slots.shape[1]

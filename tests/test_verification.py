@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 STORE, LOAD = Direction.STORE, Direction.LOAD
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-only_cuda = [pytest.mark.gpu, NO_CUDA]
+only_cuda = pytest.mark.parametrize(
+    "device",
+    [pytest.param(torch.device("cuda"), marks=[pytest.mark.gpu, NO_CUDA])],
+    indirect=False,
+)
 SLEEP_CYCLES = 100_000_000
 """About 0.05 s of a GPU."""
 
@@ -132,7 +136,7 @@ def test_layers_blocks_and_generations_are_told_apart(
     assert setup.bad(by_layer=by_layer) == [3]
 
 
-@pytest.mark.parametrize("cases", [3000, pytest.param(1_000_000, marks=only_cuda)])
+@pytest.mark.parametrize("cases", [3000, pytest.param(1_000_000, marks=[pytest.mark.gpu, NO_CUDA])])
 def test_a_flipped_bit_is_never_missed(cases: int, device: torch.device, opened: ExitStack) -> None:
     if (device.type == "cuda") != (cases > 3000):
         pytest.skip("the other device's number of cases")
@@ -228,8 +232,7 @@ def test_a_checksum_in_parts_is_that_of_the_whole(block: bytes, seed: int, cuts:
         assert signed(whole) % (1 << 64) == whole
 
 
-@pytest.mark.gpu
-@NO_CUDA
+@only_cuda
 @pytest.mark.parametrize("mover", ["zero-copy", "staged", "dma"])
 @pytest.mark.parametrize("page", [24, 4096, 40_000])
 def test_every_mover_finds_the_same(mover: str, page: int, device: torch.device) -> None:
@@ -252,8 +255,7 @@ def test_every_mover_finds_the_same(mover: str, page: int, device: torch.device)
         assert sorted(ticket.bad_block_ids) == sorted(machine.block_ids[wrong].tolist())
 
 
-@pytest.mark.gpu
-@NO_CUDA
+@only_cuda
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_a_load_without_a_kernel_is_verified_too(
     by_layer: bool, device: torch.device, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
@@ -270,8 +272,7 @@ def test_a_load_without_a_kernel_is_verified_too(
     assert setup.bad() == [3]
 
 
-@pytest.mark.gpu
-@NO_CUDA
+@only_cuda
 @pytest.mark.parametrize("verify", ["always", "off"])
 @pytest.mark.parametrize("count", [1, 64])
 def test_a_store_and_what_comes_before_and_after_it(

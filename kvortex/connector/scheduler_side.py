@@ -61,6 +61,9 @@ class SchedulerSide:
         geometry: of the KV cache.
         outlives: whether what is on disk can be found, and is right, after a restart.
         second_runner: of vLLM, if it has that.
+        runs_ahead: whether vLLM runs a step before it knows what came of the one before. Then a
+            load that turns out to be corrupt is not to have been computed from: what is sampled
+            from it may be no token at all, and vLLM's runners do not go back cleanly.
 
     Raises:
         ConfigError: a pool without a slot, a policy that is not installed, a trace that cannot be
@@ -74,6 +77,7 @@ class SchedulerSide:
         *,
         outlives: bool = True,
         second_runner: SecondRunner | None = None,
+        runs_ahead: bool = False,
     ) -> None:
         ranks = geometry.num_ranks
         host = _tier(config, slots_in_pool(config, geometry.slot_bytes, ranks))
@@ -86,7 +90,10 @@ class SchedulerSide:
         )
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
         self._reaches = geometry.reaches
-        self._loads = LoadPlanner(config, geometry, host.readable, self.costs)
+        verified_first = runs_ahead and config.verify != "off"
+        self._loads = LoadPlanner(
+            config, geometry, host.readable, self.costs, always_apart=verified_first
+        )
         self._prefetcher: Prefetcher | None = None
         self._adapters: Adapters | None = None
         overflow = self.offload.overflow

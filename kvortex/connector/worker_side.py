@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from kvortex.config import KVortexConfig
     from kvortex.connector.geometry import Geometry
-    from kvortex.host_pool import HostPool
+    from kvortex.disk import Namespace
     from kvortex.layout import Layout
+    from kvortex.verification import Verification, Verify
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +48,20 @@ class WorkerSide:
         self._layout = layout
         self._names_blocks = geometry.names_failed_blocks
         self._num_streams = config.num_cuda_streams
-        self._verification = verification_of(layout, config.verify)
         self._asleep = False
         num_slots = slots_in_pool(config, geometry.slot_bytes, geometry.num_ranks)
         size = num_slots * layout.slot_bytes
         free, ranks = _memory_of_all_ranks()
         require_free_memory(config.ram_pool_gb, size * ranks, free)
+        namespace = None
+        if config.disk_path is not None:
+            namespace = namespace_of(vllm_config, geometry, layout)
+        self._verification = _verification(config, layout, namespace)
         with contextlib.ExitStack() as opened:
             self._pool = opened.enter_context(open_pool(config, layout, num_slots))
             self._disk: DiskStore | None = None
-            if config.disk_path is not None:
-                store = _open_disk(config, geometry, layout, self._pool, vllm_config)
+            if namespace is not None:
+                store = self._open_disk(config, geometry, namespace, vllm_config)
                 self._disk = opened.enter_context(store)
             disk = DiskWorker(self._disk) if self._disk is not None else None
             self.worker = open_worker(
@@ -108,6 +112,30 @@ class WorkerSide:
             self.worker.reopen(engine)
             self._asleep = False
 
+    def _open_disk(
+        self,
+        config: KVortexConfig,
+        geometry: Geometry,
+        namespace: Namespace,
+        vllm_config: VllmConfig,
+    ) -> DiskStore:
+        """This rank's share of the disk pool; replicas of the engine have folders of their own."""
+        assert config.disk_pool_gb is not None
+        parallel = vllm_config.parallel_config
+        most = config.disk_write_bytes_per_s
+        return DiskStore(
+            _folder(config),
+            namespace,
+            parallel.data_parallel_rank * geometry.num_ranks + get_world_group().rank,
+            disk_slots_in_pool(config.disk_pool_gb, geometry.slot_bytes, geometry.num_ranks),
+            self._pool,
+            DiskOptions(
+                max_write_bytes_per_s=None if most is None else most / geometry.num_ranks,
+                read_deadline_s=config.disk_read_deadline_ms / 1e3,
+            ),
+            self._verification,
+        )
+
     def close(self) -> None:
         """Let copies end and give the memory back."""
         self.worker.close()
@@ -121,28 +149,14 @@ def _folder(config: KVortexConfig) -> Path:
     return Path(config.disk_path).expanduser().absolute()
 
 
-def _open_disk(
-    config: KVortexConfig,
-    geometry: Geometry,
-    layout: Layout,
-    pool: HostPool,
-    vllm_config: VllmConfig,
-) -> DiskStore:
-    """This rank's share of the disk pool; replicas of the engine have folders of their own."""
-    assert config.disk_pool_gb is not None
-    parallel = vllm_config.parallel_config
-    most = config.disk_write_bytes_per_s
-    return DiskStore(
-        _folder(config),
-        namespace_of(vllm_config, geometry, layout),
-        parallel.data_parallel_rank * geometry.num_ranks + get_world_group().rank,
-        disk_slots_in_pool(config.disk_pool_gb, geometry.slot_bytes, geometry.num_ranks),
-        pool,
-        DiskOptions(
-            max_write_bytes_per_s=None if most is None else most / geometry.num_ranks,
-            read_deadline_s=config.disk_read_deadline_ms / 1e3,
-        ),
-    )
+def _verification(
+    config: KVortexConfig, layout: Layout, namespace: Namespace | None
+) -> Verification:
+    """Nobody but the kernel that loads it compares what came from disk: so then all loads are."""
+    if namespace is None:
+        return verification_of(layout, config.verify)
+    mode: Verify = "off" if config.verify == "off" else "always"
+    return verification_of(layout, mode, namespace.identity)
 
 
 def _memory_of_all_ranks() -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """DmaMover: one descriptor of the copy engine for each contiguous stretch, all in one call.
 
-A kernel sums up what is on the GPU's side of the copy, behind it on the same stream.
+A kernel sums up what is on the GPU's side of the copy, beside it on a stream of its own.
 """
 
 from __future__ import annotations
@@ -8,19 +8,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from kvortex.core import Direction
 from kvortex.cuda_driver import cuda_driver
 from kvortex.movers.base import Mover
 
 if TYPE_CHECKING:
-    import torch
-
     from kvortex.core import BlockIds
     from kvortex.cuda_driver import Addresses, Handle
+    from kvortex.cuda_ticket import EventPool
     from kvortex.host_pool import HostPool
     from kvortex.id_ring import IdRing
     from kvortex.paged_kernel import PagedKernel
+
+
+SUMMED_BYTES = 16 << 20
+"""Of a load that are summed up together while the next ones are under way."""
 
 
 class DmaMover(Mover):
@@ -33,6 +37,7 @@ class DmaMover(Mover):
         kernel: that copies nothing; None if nothing is to be summed up.
         programs: size of its grid.
         ids: where it finds its ids.
+        events: where its own come from.
     """
 
     def __init__(
@@ -43,10 +48,15 @@ class DmaMover(Mover):
         kernel: PagedKernel | None,
         programs: int,
         ids: IdRing,
+        events: EventPool,
     ) -> None:
         self._kernel = kernel
         self._programs = programs
         self._ids = ids
+        self._stream = torch.cuda.Stream(kernel.device) if kernel is not None else None
+        self._side: Handle = self._stream.cuda_stream if self._stream is not None else 0
+        self._arrived, self._summed = events.take(), events.take()
+        self._part_blocks = max(1, SUMMED_BYTES // pool.slot_bytes)
         self._store = direction is Direction.STORE
         self._base, self._stride, self._offset, self._size = runs.numpy().T.astype(np.uint64)
         self._slots = np.uint64(pool.address)
@@ -63,18 +73,30 @@ class DmaMover(Mover):
         *,
         summed: bool,
     ) -> None:
-        self._copy(block_ids, slots, stream)
-        if summed and self._kernel is not None and len(block_ids):
-            row = self._ids.write(block_ids, slots, seeds)
-            self._kernel.launch(
-                self._ids.address,
-                row,
-                int(self._slots),
-                len(block_ids),
-                self._programs,
-                stream,
-                summed=True,
-            )
+        if not summed or not len(block_ids):
+            self._copy(block_ids, slots, stream)
+            return
+        row = self._ids.write(block_ids, slots, seeds)
+        if self._store:  # the blocks are there already
+            self._sum_up(row, len(block_ids), stream)
+            self._copy(block_ids, slots, stream)
+        else:
+            for start in range(0, len(block_ids), self._part_blocks):
+                part = slice(start, start + self._part_blocks)
+                self._copy(block_ids[part], slots[part], stream)
+                self._sum_up(row + start, len(block_ids[part]), stream)
+        self._driver.record(self._summed, self._side)
+        self._driver.wait(stream, self._summed)
+
+    def _sum_up(self, row: int, count: int, stream: Handle) -> None:
+        """Beside what comes next on the stream, behind what it was given so far."""
+        assert self._kernel is not None
+        self._driver.record(self._arrived, stream)
+        self._driver.wait(self._side, self._arrived)
+        slots = int(self._slots)
+        self._kernel.launch(
+            self._ids.address, row, slots, count, self._programs, self._side, summed=True
+        )
 
     def _copy(self, block_ids: BlockIds, slots: BlockIds, stream: Handle) -> None:
         ids, places = block_ids.astype(np.uint64)[:, None], slots.astype(np.uint64)[:, None]

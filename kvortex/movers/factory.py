@@ -65,7 +65,7 @@ def open_movers(
         judge = None
         if ids.verdicts is not None:
             judge = PagedKernel(on_gpu, pool.bytes, tiling, direction, ids, copy=False)
-        movers[DMA] = DmaMover(direction, runs, pool, judge, STAGED_PROGRAMS, ids)
+        movers[DMA] = DmaMover(direction, runs, pool, judge, STAGED_PROGRAMS, ids, events)
     if STAGED in names:
         try:
             buffers = _buffers(layout, pool)
