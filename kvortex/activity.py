@@ -12,6 +12,7 @@ OURS = "vllm:kvortex_"
 FAILURES = (
     "failed_stores",
     "failed_loads",
+    "corrupt_blocks",
     "disk_failed_writes",
     "disk_failed_reads",
     "disk_late_reads",

@@ -49,11 +49,15 @@ def prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
 
 
 @contextmanager
-def running(model: str, ram_pool_gb: float | None, **settings: Any) -> Iterator[Any]:
+def running(
+    model: str, ram_pool_gb: float | None, verify: Any = "always", **settings: Any
+) -> Iterator[Any]:
     """An LLM, with KVortex unless `ram_pool_gb` is None; afterwards nothing of it is left."""
     from vllm import LLM
 
-    config = KVortexConfig(ram_pool_gb=ram_pool_gb, load="always") if ram_pool_gb else None
+    config = None
+    if ram_pool_gb:
+        config = KVortexConfig(ram_pool_gb=ram_pool_gb, load="always", verify=verify)
     defaults = {
         "enforce_eager": True,
         "enable_prefix_caching": True,

@@ -362,7 +362,8 @@ def test_layers_wait_for_their_own_part_where_much_is_computed(
     whole = extended(halves, 500)
     with running(tiny_model, None, **settings) as llm:
         expected = answers(llm, whole)[0]
-    with running(tiny_model, 0.5, **settings) as llm:
+    # Where vLLM runs ahead, requests wait for verified loads apart.
+    with running(tiny_model, 0.5, verify="off", **settings) as llm:
         answers(llm, halves)
         for _ in range(3):
             reset_gpu(llm)
