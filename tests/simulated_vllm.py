@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from kvortex.core import BlockKey, DiskMove, DiskPlan, Job, StepPlan
 
 Print = tuple[int, ...] | str
-NOTHING, TORN, SPOILT = "nothing", "torn", "spoilt"
-"""Never written; half a copy; computed from a load that failed, or what such a load left."""
+NOTHING, TORN, SPOILT, FLIPPED = "nothing", "torn", "spoilt", "flipped"
+"""Never written; half a copy; computed from a load that failed, or what such a load left; other
+bytes than were stored, which a load finds out."""
 
 BLOCK = 4
 VOCABULARY = 5
@@ -228,9 +229,12 @@ class SimulatedRank:
         self.bad_blocks: set[int] = set()
         self.arrived: list[str] = []
         """Requests whose own load ended, well or not."""
+        self.corrupt: dict[tuple[int, int], int] = {}
+        """Every block that came back flipped: job and position of the load, and its slot."""
         self._misled = False
         self._finished: dict[int, int] = {}
         self._failed: set[int] = set()
+        self._corrupt: dict[int, frozenset[int]] = {}
         self._slots_to_tell: int | None = num_slots
         self._grows = ready_slots < num_slots
         self._step: int | None = None
@@ -264,8 +268,12 @@ class SimulatedRank:
                 self._misled |= job.request_id is None
                 continue
             prints = [self.host[slot] for slot in job.slots.tolist()]
-            for block, found in zip(job.block_ids.tolist(), prints, strict=True):
-                self.write(block, found if job.request_id is None else TORN)
+            if job.request_id is not None:
+                for block in job.block_ids.tolist():
+                    self.write(block, TORN)
+            elif self._bring(job, prints):  # that was waited for: it is told in this step
+                self._finished[job.id] = 1
+                continue
             self.under.append(Copy(job, Direction.LOAD, prints))
 
     def store(self, plan: StepPlan) -> None:
@@ -287,9 +295,9 @@ class SimulatedRank:
             assert [self.host[slot] for slot in copy.job.slots.tolist()] == copy.prints
             if copy.job.request_id is not None:
                 self.arrived.append(copy.job.request_id)
-                for block, found in zip(copy.job.block_ids.tolist(), copy.prints, strict=True):
-                    assert self.gpu[block] == TORN, "a block was given away while a load filled it"
-                    self.write(block, found)
+                held = {self.gpu[block] for block in copy.job.block_ids.tolist()}
+                assert held <= {TORN}, "a block was given away while a load filled it"
+                self._bring(copy.job, copy.prints)
             return
         sources = [self.gpu[block] for block in copy.job.block_ids.tolist()]
         changed = [a for a, b in zip(copy.prints, sources, strict=True) if a != b]
@@ -301,6 +309,15 @@ class SimulatedRank:
         for slot, block, found in rows:
             assert self.host[slot] == TORN, "two stores into one slot"
             self.host[slot] = SPOILT if block in self.spoilt_ends else found
+
+    def flip(self, slot: int) -> bool:
+        """A bit of what a slot holds; False if it is being moved."""
+        moves: list[Job | DiskMove] = [copy.job for copy in self.under]
+        moves += [move.move for move in self.disk.under] if self.disk is not None else []
+        if any(slot in move.slots for move in moves):
+            return False
+        self.host[slot] = FLIPPED
+        return True
 
     def grow(self, more: int) -> None:
         """So many more slots were prepared."""
@@ -324,8 +341,10 @@ class SimulatedRank:
             step=self._step,
             ready_slots=self.ready_slots if self._grows else None,
             disk=self.disk.report() if self.disk is not None else None,
+            corrupt=self._corrupt,
         )
         self._finished, self._failed, self._slots_to_tell = {}, set(), None
+        self._corrupt = {}
         self._grows = self.ready_slots < len(self.host)
         return report
 
@@ -345,6 +364,20 @@ class SimulatedRank:
             self.arrived.append(job.request_id)
         self._finished[job.id] = 1
         self._failed.add(job.id)
+
+    def _bring(self, job: Job, prints: list[Print]) -> bool:
+        """Let a load arrive; returns whether some of it is not what was stored."""
+        blocks, bad = job.block_ids.tolist(), set()
+        for position, (block, found) in enumerate(zip(blocks, prints, strict=True)):
+            if found == FLIPPED:
+                bad.add(position)
+                self._spoil([block])
+            else:
+                self.write(block, found)
+        if bad:
+            self._corrupt[job.id] = frozenset(bad)
+            self.corrupt |= {(job.id, position): int(job.slots[position]) for position in bad}
+        return bool(bad)
 
     def _spoil(self, blocks: Iterable[int]) -> None:
         for block in blocks:

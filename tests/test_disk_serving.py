@@ -16,7 +16,15 @@ import pytest
 pytest.importorskip("vllm")
 
 from disks import Faults
-from engines import answers, counters, prompts, running, whole_blocks
+from engines import (
+    answers,
+    connector,
+    counters,
+    prompts,
+    running,
+    whole_blocks,
+    worker_of_this_process,
+)
 
 import kvortex.disk.breaker
 from kvortex import KVortexConfig
@@ -28,6 +36,8 @@ LENGTHS = [1500, 1100, 1300, 900]
 TOKENS = 8
 FEW_BLOCKS = 60
 """In the GPU's cache and in host RAM; the prompts have 150."""
+SLOT = 128 << 10
+"""Bytes of a block on disk."""
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +118,36 @@ def test_a_drive_that_fails_costs_hits_only(
         assert counted["failed_loads"] == 0
 
 
+def test_bytes_that_flip_between_two_lives_cost_hits_only_and_each_is_counted(
+    tiny_model: str, right: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was corrupt is computed and written anew, and then comes back."""
+    asked = prompts(LENGTHS)
+    with running(tiny_model, None, **with_disk(tmp_path)) as llm:
+        for one in asked:
+            answers(llm, [one], TOKENS)
+            settled(llm)
+        on_disk = connector(llm)._scheduler.offload.overflow.disk.index
+        flipped = set(sorted(block.slot for block in on_disk)[3::7])
+        assert worker_of_this_process()._copy_engine.pool.slot_bytes == SLOT
+    flip_bytes(tmp_path, flipped)
+    tried = noted_reads(monkeypatch)
+    with running(tiny_model, None, **with_disk(tmp_path)) as llm:
+        for _ in range(3):
+            for one, expected in zip(asked, right, strict=True):
+                assert answers(llm, [one], TOKENS)[0] == [expected]
+                found = settled(llm)["disk_corrupt_blocks"]
+                assert found == len(flipped & tried)
+        counted = counters(llm)
+        assert found > len(LENGTHS)
+        assert counted["disk_failed_reads"] == found
+        assert counted["disk_read_blocks"] > 2 * FEW_BLOCKS
+        assert counted["corrupt_blocks"] == counted["failed_loads"] == 0
+        assert connector(llm)._scheduler.gauges.quarantined_slots == 0
+        last = answers(llm, [asked[0]], TOKENS)
+        assert last == ([right[0]], whole_blocks(LENGTHS[:1]))
+
+
 def test_a_killed_server_leaves_what_the_next_one_serves(
     tiny_model: str, right: list[list[int]], tmp_path: Path
 ) -> None:
@@ -142,11 +182,24 @@ with running(sys.argv[1], None, **with_disk(Path(sys.argv[2]))) as llm:
 """
 
 
-def flip_bytes(folder: Path) -> None:
-    """One of every block on the disk."""
+def noted_reads(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The slots on disk that are read from now on."""
+    read, slots = DiskStore.read, set[int]()
+
+    def noted(store: DiskStore, move: int, keys: Any, disk_slots: Any, where: Any) -> None:
+        slots.update(disk_slots)
+        read(store, move, keys, disk_slots, where)
+
+    monkeypatch.setattr(DiskStore, "read", noted)
+    return slots
+
+
+def flip_bytes(folder: Path, of: set[int] | None = None) -> None:
+    """One of these slots on the disk; None is all."""
     (slots,) = folder.glob("*/rank-0/slots")
     with slots.open("r+b") as file:
-        for place in range(100, slots.stat().st_size, 32 << 10):
+        for slot in range(slots.stat().st_size // SLOT) if of is None else of:
+            place = slot * SLOT + 100
             file.seek(place)
             byte = file.read(1)
             file.seek(place)

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 )
 from simulated_vllm import (
     BLOCK,
+    FLIPPED,
     PAGE_BYTES,
     SimulatedDisk,
     SimulatedModel,
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
+
+    from kvortex.block import Block
+    from kvortex.core import DiskMove, Job, StepPlan
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -81,6 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["lru", "lru_freq"]),
         admission=st.sampled_from(["always", "adaptive"]),
         apart=st.booleans(),
+        verify=st.sampled_from(["always", "off"]),
     )
     def open(
         self,
@@ -91,11 +96,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy: str,
         admission: str,
         apart: bool,
+        verify: str = "off",
     ) -> None:
-        """`apart` makes requests wait for their loads beside those that run."""
+        """`apart` makes requests wait for their loads beside those that run, and where steps
+        overlap, `verify` does."""
         pool = (num_slots + 0.5) * PAGE_BYTES * self.num_ranks / GIB
         ours = KVortexConfig(
-            ram_pool_gb=pool, eviction_policy=policy, admission=admission, **self.disk_settings()
+            ram_pool_gb=pool,
+            eviction_policy=policy,
+            admission=admission,
+            verify=verify,
+            **self.disk_settings(),
         )
         config = self.config
         config.kv_transfer_config.kv_connector_extra_config = ours.model_dump()
@@ -119,6 +130,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for rank in self.ranks if self.disk_slots else ():
             rank.disk = SimulatedDisk(rank.host, self.disk_slots)
         self.model = SimulatedModel(self.ranks)
+        self.bits_flip = self.loads_fail and ours.verify != "off"
         self.num_blocks = num_blocks
         self.requests: list[Request] = []
         self.prefixes: dict[bytes, tuple[int, ...]] = {}
@@ -167,6 +179,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.come_back(who[:1], [*more, 1], 4, lost=False)
         for number, fail in enumerate(fails):
             self.step(fail, midway if number == 0 else None)
+
+    @precondition(lambda self: self.bits_flip)
+    @rule(
+        who=st.lists(picks, min_size=1, max_size=3),
+        more=st.lists(st.integers(0, 4), max_size=5),
+        flips=st.lists(st.tuples(picks, st.sampled_from([0, 1, None])), min_size=1, max_size=3),
+        midway=st.one_of(st.none(), picks),
+    )
+    def come_back_to_flipped_bits(
+        self,
+        who: list[int],
+        more: list[int],
+        flips: list[tuple[int, int | None]],
+        midway: int | None,
+    ) -> None:
+        """In blocks that they will load, on one rank or all, and with others behind them."""
+        self.go_on(12, end=True)
+        past = [self.requests[pick % len(self.requests)] for pick in who if self.requests]
+        for pick, rank in flips:
+            self.flip(past, pick, rank)
+        self.come_back(who, more, 4, lost=True)
+        self.come_back(who[:1], [*more, 1], 4, lost=False)
+        self.step(midway=midway)
+        self.end_all()
 
     @rule(pick=picks)
     def abort(self, pick: int) -> None:
@@ -260,12 +296,39 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests.append(request)
         self.scheduler.add_request(request)
 
+    def flip(self, requests: list[Request], pick: int, rank: int | None) -> None:
+        """A bit of a block that these could load, on every rank if `rank` is None."""
+        slots = [block.slot for one in requests for block in self.readable(one)]
+        if slots:
+            slot = slots[pick % len(slots)]
+            ranks = self.ranks if rank is None else [self.ranks[rank % self.num_ranks]]
+            flipped = [one.flip(slot) for one in ranks]
+            self.seen["flipped on several ranks"] += sum(flipped) > 1
+
+    def readable(self, request: Request) -> list[Block]:
+        """Its blocks in host memory."""
+        from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+        keys = [make_block_hash_with_group_id(one, 0) for one in request.block_hashes]
+        return [block for key in keys if (block := self.index.get(key)) is not None]
+
+    def found_corrupt(self) -> dict[tuple[int, int], int]:
+        """Blocks of loads that every rank has told of, by job and position, and their slots."""
+        under_way = self.offload._flights
+        return {
+            (job_id, position): slot
+            for rank in self.ranks
+            for (job_id, position), slot in rank.corrupt.items()
+            if job_id not in under_way
+        }
+
     def execute(self, output: SchedulerOutput, fails_on: int | None) -> ModelRunnerOutput:
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
         plan = plan_of(output)
         assert plan.has_forward == (output.total_num_scheduled_tokens > 0)
         self.prepare_slots()
+        self.assert_sound(plan)
         for number, rank in enumerate(self.ranks):
             rank.begin(plan, number == fails_on)
         bad_blocks = {block for rank in self.ranks for block in rank.bad_blocks}
@@ -293,6 +356,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             sampled_token_ids=list(sampled.values()),
             kv_connector_output=told,
         )
+
+    def assert_sound(self, plan: StepPlan) -> None:
+        """Nothing is moved into or out of a slot whose bytes are known to have changed."""
+        given_up = set(self.found_corrupt().values())
+        moves: list[Job | DiskMove] = [*plan.loads, *plan.stores]
+        moves += [*plan.disk.reads, *plan.disk.writes] if plan.disk is not None else []
+        assert given_up.isdisjoint(slot for move in moves for slot in move.slots.tolist())
 
     def prepare_slots(self) -> None:
         """Each rank at its own pace; the first has memory for thirty at most."""
@@ -339,18 +409,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         for block in self.index:
             expected = (self.model.epoch, *self.prefixes[block.key])
             for rank in self.ranks:
-                assert rank.host[block.slot] == expected
+                assert rank.host[block.slot] in (expected, FLIPPED)
         for block in self.overflow.disk.index if self.overflow is not None else ():
             expected = (self.model.epoch, *self.prefixes[block.key])
             for rank in self.ranks:
                 assert rank.disk is not None
-                assert rank.disk.slots[block.slot] == (block.key, expected)
+                key, found = rank.disk.slots[block.slot]
+                assert key == block.key
+                assert found in (expected, FLIPPED)
 
     @invariant()
     def slots_are_conserved(self) -> None:
         self.index.check()
         if self.overflow is not None:
             self.overflow.disk.index.check()
+
+    @invariant()
+    def what_came_back_corrupt_is_counted_and_its_slot_is_nobodys(self) -> None:
+        found = self.found_corrupt()
+        slots = set(found.values())
+        assert self.offload.counters.corrupt_blocks == len(found)
+        assert self.index.quarantined <= len(slots)  # some may still have another reader
+        assert slots.isdisjoint(self.index._free)
+        assert slots.isdisjoint(block.slot for block in self.index)
 
     @invariant()
     def what_was_under_way_before_a_reset_is_never_readable(self) -> None:
@@ -388,8 +469,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         side = self.connector._scheduler
         assert not any([side._tracked, side._held, side._loads._under_way, self.arrivals])
         assert self.index.reserved == 0
+        assert self.index.quarantined == len(set(self.found_corrupt().values()))
         if all(rank.has_told_its_size for rank in self.ranks):
-            assert self.index.num_slots == min(len(rank.host) for rank in self.ranks)
+            usable = min(len(rank.host) for rank in self.ranks) - self.index.quarantined
+            assert self.index.num_slots == usable
         else:
             assert self.late or not self.steps
         assert all(block.pins == 0 for block in self.index)
@@ -556,8 +639,11 @@ def test_the_scheduler_loads_only_what_all_ranks_stored(
     reached += ["missed_never_stored", "missed_evicted"]
     reached += ["lost_slots"] if late else ["discarded_stores"]
     reached += [] if loads_fail or late else ["aborted WAITING_FOR_REMOTE_KVS"]
+    reached += ["corrupt_blocks"] if loads_fail else []
+    reached += ["flipped on several ranks"] if loads_fail and num_ranks > 1 else []
     drive(machine, seen, 60, reached)
     assert bool(seen["failed_loads"]) is loads_fail
+    assert bool(seen["corrupt_blocks"]) is loads_fail
 
 
 @pytest.mark.fuzz
@@ -586,6 +672,7 @@ def test_requests_wait_for_the_disk_and_get_only_what_it_kept(
     reached = [f"held back, to {then}" for then in ("answer", "fail", "be late", "be left")]
     reached += ["held back, to be reset", "shared reads", "disk_late_reads", "disk_hit_tokens"]
     reached += ["disk_failed_reads", "disk_missed_writes"]
+    reached += ["corrupt_blocks", "disk_distrusted_blocks"] if loads_fail else []
     drive(machine, seen, 40, reached)
 
 
