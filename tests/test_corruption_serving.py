@@ -1,0 +1,132 @@
+"""A real vLLM whose host memory lies while copies are under way: answers are right all the same."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from engines import (
+    LENGTHS,
+    answers,
+    connector,
+    counters,
+    prompts,
+    reset_gpu,
+    running,
+    whole_blocks,
+    worker_of_this_process,
+)
+
+from kvortex.core import Direction
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvortex.core import BlockIds
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+TOKENS = 8
+SOME = slice(10, None, 2)
+"""Of the prompts; those whose blocks are worth flipping."""
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["step-by-step", "ahead"])
+def engine(
+    request: pytest.FixtureRequest, tiny_model: str, expected: list[list[int]]
+) -> Iterator[Any]:
+    """`expected` comes from another one, and there can be only one in a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")  # the other one always runs ahead
+        with running(tiny_model, 0.5, async_scheduling=request.param) as llm:
+            yield llm
+
+
+@pytest.fixture
+def llm(engine: Any) -> Any:
+    """With nothing in it of the test before."""
+    reset_gpu(engine, reset_connector=True)
+    return engine
+
+
+class BadMemory:
+    """Flips a bit in some of the slots of copies: behind a store, or right before a load.
+
+    Args:
+        flips: in copies of which direction.
+        share: of their slots.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, flips: Direction, share: float) -> None:
+        engine = worker_of_this_process()._copy_engine
+        self._copy, self._pool = engine.copy, engine.pool
+        self._flips, self._share = flips, share
+        self._draw = random.Random(flips.value)
+        self._flipped: set[int] = set()
+        self.loaded: list[int] = []
+        """Flipped slots, as often as they were loaded."""
+        monkeypatch.setattr(engine, "copy", self.copy)
+
+    def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds, *rest: Any) -> Any:
+        if direction is Direction.STORE:
+            self._flipped.difference_update(slots.tolist())
+            ticket = self._copy(direction, block_ids, slots, *rest)
+            self._flip_some(direction, slots)
+            return ticket
+        self._flip_some(direction, slots)
+        self.loaded += self._flipped & set(slots.tolist())
+        return self._copy(direction, block_ids, slots, *rest)
+
+    def _flip_some(self, direction: Direction, slots: BlockIds) -> None:
+        """Not twice in one slot: that might undo the first."""
+        for slot in slots.tolist() if direction is self._flips else ():
+            if slot not in self._flipped and self._draw.random() < self._share:
+                self._flipped.add(slot)
+                place, bit = self._draw.randrange(self._pool.slot_bytes), self._draw.randrange(8)
+                self._pool.bytes[slot, place] ^= 1 << bit
+
+
+def wait_apart(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every load be waited for beside the requests that run."""
+    side = connector(llm)._scheduler
+    monkeypatch.setattr(type(side.costs), "pauses", lambda *_: True)
+    side._loads.running = 1
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["awaited", "apart"])
+@pytest.mark.parametrize(
+    ("flips", "share"), [(Direction.STORE, 0.1), (Direction.LOAD, 0.15)], ids=["stored", "loaded"]
+)
+def test_bits_that_flip_in_flight_are_found_by_the_load(
+    llm: Any,
+    expected: list[list[int]],
+    flips: Direction,
+    share: float,
+    apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, before = prompts(LENGTHS)[SOME], counters(llm)
+    right = [output[:TOKENS] for output in expected[SOME]]
+    whole = whole_blocks(LENGTHS)[SOME]
+    index = connector(llm)._scheduler.offload.tier.index
+    quarantined = index.quarantined
+    if apart:
+        wait_apart(llm, monkeypatch)
+    memory = BadMemory(monkeypatch, flips, share)
+    for _ in range(3):
+        assert answers(llm, asked, TOKENS)[0] == right
+        reset_gpu(llm)
+        counted = {name: number - before[name] for name, number in counters(llm).items()}
+        assert counted["corrupt_blocks"] == counted["failed_loads"] == len(memory.loaded)
+        assert index.quarantined - quarantined == len(set(memory.loaded))
+    assert len(memory.loaded) >= 4
+    assert bool(counted["apart_loads"]) >= apart
+    monkeypatch.undo()
+    # What flipped and was met by no load yet is met by this one.
+    assert answers(llm, asked, TOKENS)[0] == right
+    reset_gpu(llm)
+    assert answers(llm, asked, TOKENS) == (right, whole)
+    assert connector(llm)._scheduler.offload.pending is False
+    index.check()
