@@ -24,7 +24,7 @@ from kvortex.benchmark.report import Report
 from kvortex.benchmark.run import run_task
 from kvortex.benchmark.table import table
 from kvortex.benchmark.task import BenchmarkError, Conversations, Task
-from kvortex.benchmark.ways import KVORTEX, NONE, WAYS, kv_transfer_config
+from kvortex.benchmark.ways import KVORTEX, NONE, SIMPLE, WAYS, kv_transfer_config
 from kvortex.cli import main
 
 if TYPE_CHECKING:
@@ -128,6 +128,30 @@ def test_a_way_that_failed_is_told_and_the_others_are_shown() -> None:
     told = report(whole(), simple="no GPU")
     assert told.problems() == ["SimpleCPUOffloadConnector failed: no GPU"]
     assert "host hit" in table(told)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_what_was_measured_before_an_interrupt_is_shown(
+    before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way takes minutes with a real model."""
+    plan, done = replace(report(whole()).plan, ways=(NONE, KVORTEX, SIMPLE)), list[Task]()
+
+    def interrupted(task: Task, _say: object) -> Measured:
+        if len(done) == before:
+            raise KeyboardInterrupt
+        done.append(task)
+        return whole()
+
+    monkeypatch.setattr("kvortex.benchmark.plan.run_task", interrupted)
+    if not before:
+        with pytest.raises(KeyboardInterrupt):
+            plan.carry_out(lambda _: None)
+        return
+    told = Report(plan, MACHINE, *plan.carry_out(lambda _: None))
+    assert list(told.measured) == [NONE, KVORTEX][:before]
+    assert told.failed == dict.fromkeys([NONE, KVORTEX, SIMPLE][before:], "interrupted")
+    assert "GPU hit" in table(told)
 
 
 def test_other_answers_are_counted_by_user() -> None:

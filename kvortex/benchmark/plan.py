@@ -43,6 +43,8 @@ class Plan:
     def carry_out(self, say: Callable[[str], None]) -> tuple[dict[str, Measured], dict[str, str]]:
         """Run way after way; returns what was measured, and why the others failed.
 
+        Interrupted, it returns what it has.
+
         Raises:
             BenchmarkError: the first failed, on a model or an argument that the others have too.
             ConfigError: the disk_path cannot be used.
@@ -57,6 +59,11 @@ class Plan:
                     raise BenchmarkError(f"{WAYS[way]} failed: {error}") from None
                 failed[way] = str(error)
                 say(f"{WAYS[way]} failed: {error}")
+            except KeyboardInterrupt:
+                if not measured:
+                    raise
+                failed |= dict.fromkeys(self.ways[self.ways.index(way) :], "interrupted")
+                break
         return measured, failed
 
     def _measure(self, way: str, say: Callable[[str], None]) -> Measured:
