@@ -15,7 +15,7 @@ import torch
 from kvortex.checksum import checksum_of, signed
 from kvortex.core import Direction, TransferError
 from kvortex.speedometer import LEAST_BYTES, Speedometer
-from kvortex.triton_kernels.reference import paged_copy_reference
+from kvortex.triton_kernels.reference import clear_blocks, paged_copy_reference
 from kvortex.verification import Turns, seeds_from
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ class Ticket(ABC):
 
     @property
     def bad_block_ids(self) -> Sequence[int]:
-        """GPU blocks that were loaded and are not what was stored; known once it is `done`."""
+        """GPU blocks that were loaded and are not what was stored; known once it is `done`.
+
+        They hold zeros then.
+        """
         return ()
 
     @abstractmethod
@@ -160,9 +163,15 @@ class CpuCopyEngine(CopyEngine):
         checksums = self._checksums(slots, seeds)
         kept = self.pool.checksums.numpy()
         if direction is Direction.LOAD:
-            return _Arrived(block_ids[kept[slots] != checksums].tolist())
+            return _Arrived(self._cleared(block_ids[kept[slots] != checksums].tolist()))
         kept[slots] = checksums
         return _Arrived()
+
+    def _cleared(self, wrong: list[int]) -> list[int]:
+        """Nobody is to compute from bytes that are wrong, which may be no numbers at all."""
+        if wrong:
+            clear_blocks([page.view for page in self.layout.pages], wrong)
+        return wrong
 
     def _checksums(self, slots: BlockIds, seeds: BlockIds | None) -> BlockIds:
         """Of what the slots hold."""

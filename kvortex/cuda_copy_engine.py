@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,15 +18,20 @@ from kvortex.core import Direction, TransferError
 from kvortex.cuda_driver import cuda_driver
 from kvortex.cuda_stopwatch import CudaStopwatch
 from kvortex.cuda_ticket import CudaTicket, EventPool
+from kvortex.host_pool import UNCOUNTED
 from kvortex.id_ring import open_ring
 from kvortex.lane import Lane
 from kvortex.movers import open_movers
 from kvortex.paged_kernel import tiling_of
-from kvortex.triton_kernels.reference import checksums_reference, paged_copy_reference
+from kvortex.triton_kernels.reference import (
+    checksums_reference,
+    clear_blocks,
+    paged_copy_reference,
+)
 from kvortex.verification import seeds_from
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from kvortex.core import BlockIds
     from kvortex.cuda_driver import Handle
@@ -37,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 ID_ROWS = 65536
 LAUNCH_BYTES = 4 << 20
-"""A launch costs the host about 10 us, in which an H200's link carries half a MiB."""
+"""At least, of parts that are loaded one by one: a launch costs the host about 10 us, in which an
+H200's link carries half a MiB."""
 PROBE_BYTES = 64 << 20
 MOST_CHUNKS = (1 << 31) - (1 << 24)
 """The kernel counts the chunks of a launch in 32 bits."""
@@ -83,7 +90,8 @@ class CudaCopyEngine(CopyEngine):
             raise TransferError(f"this GPU cannot run KVortex's copies: {error}") from error
 
     def _open(self, num_streams: int) -> None:
-        self._page_runs = self.layout.page_runs()
+        self._parts = self.layout.parts()
+        self._page_ends = [runs.stop for runs in self.layout.page_runs()]
         self._driver = cuda_driver()
         self._context = self._driver.current_context()
         self._thread = threading.get_ident()
@@ -120,36 +128,40 @@ class CudaCopyEngine(CopyEngine):
 
     def load_layers(
         self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds | None = None
-    ) -> list[CudaTicket]:
-        """Neighbouring pages share a launch, and its ticket, until it carries LAUNCH_BYTES.
+    ) -> Sequence[Ticket]:
+        """A launch carries as many parts as make LAUNCH_BYTES; its pages share its ticket.
 
-        More blocks than one launch takes are loaded whole: every page then has the same ticket.
+        Blocks whose parts cannot be compared, and more than one launch takes, are loaded whole:
+        every page then has the same ticket.
         """
+        if not self._knows_parts(slots):
+            return [self.copy(Direction.LOAD, block_ids, slots, seeds)] * len(self.layout.pages)
         with self._at_home():
             try:
-                lane, parts = self._lanes[Direction.LOAD], self._parts(len(block_ids))
-                runs = [range(part[0].start, part[-1].stop) for part in parts]
+                lane, launches = self._lanes[Direction.LOAD], self._launches(len(block_ids))
                 starts = self._seeds(seeds, block_ids)
-                tickets = lane.submit_runs(block_ids, slots, starts, self._before(), runs)
-                of_pages = zip(parts, tickets, strict=True)
-                tickets = [ticket for part, ticket in of_pages for _ in part]
+                tickets = lane.submit_runs(block_ids, slots, starts, self._before(), launches)
+                ends = [runs.stop for runs in launches]
+                tickets = [tickets[bisect_left(ends, end)] for end in self._page_ends]
             except Exception as error:  # noqa: BLE001  (a load was promised, whatever it was)
                 plain = self._load_plainly(block_ids, slots, seeds, error)
                 tickets = [plain] * len(self.layout.pages)
         self._last[Direction.LOAD] = tickets[-1]
         return tickets
 
-    def _parts(self, num_blocks: int) -> list[list[range]]:
-        """Pages, each as its rows of the run table, that are loaded by one launch."""
-        parts: list[list[range]] = []
-        room = 0
-        for page, runs in zip(self.layout.pages, self._page_runs, strict=True):
-            if room <= 0:
-                parts.append([])
-                room = LAUNCH_BYTES
-            parts[-1].append(runs)
-            room -= page.nbytes * num_blocks
-        return parts
+    def _knows_parts(self, slots: BlockIds) -> bool:
+        """Whether nobody computes from a part before it is known to be right."""
+        if self.verification is None or not self.verification.on:
+            return True
+        first = self.pool.running_checksums[0].numpy()
+        return not (first[slots] == UNCOUNTED).any()
+
+    def _launches(self, num_blocks: int) -> list[range]:
+        """Rows of the run table that are loaded together; whole parts."""
+        of_a_part = num_blocks * self.pool.slot_bytes // len(self._parts)
+        together = -(-LAUNCH_BYTES // max(1, of_a_part))
+        several = (self._parts[i : i + together] for i in range(0, len(self._parts), together))
+        return [range(parts[0].start, parts[-1].stop) for parts in several]
 
     def bytes_per_s(self, direction: Direction) -> float | None:
         if direction in self._stopwatches:
@@ -212,7 +224,10 @@ class CudaCopyEngine(CopyEngine):
         try:
             paged_copy_reference(pages, ids, places, self.pool.bytes, store=False)
             ticket = CudaTicket(self._events, self._current_stream())
-            ticket.add_bad(self._wrong(block_ids, slots, self._seeds(seeds, block_ids)))
+            wrong = self._wrong(block_ids, slots, self._seeds(seeds, block_ids))
+            if wrong:
+                clear_blocks([page.view for page in self.layout.pages], wrong)
+            ticket.add_bad(wrong)
             return ticket
         except RuntimeError as error:
             raise TransferError(f"load of {len(ids)} blocks failed: {error}") from error

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 256 << 20
 CHECKSUM_BYTES = 8
+UNCOUNTED = 0
+"""Instead of the checksums of parts of a block of which only that of the whole is known."""
 ENOUGH_ON_NODE = 0.99
 
 
@@ -40,20 +42,28 @@ class HostPool:
 
     A piece is `piece_slots` slots; no copy by DMA may reach from one into the next.
 
-    `checksums` is an int64 tensor with a number for each slot, ready and pinned from the start.
+    `running_checksums` is an int64 tensor (num_parts, num_slots), ready and pinned from the start:
+    of each slot's bytes up to the end of a part, or UNCOUNTED. `checksums` are those of the last
+    part, which are of the whole.
 
     Args:
         num_slots: to begin with.
         slot_bytes: of each.
         pinned: and mapped into the GPU.
         node: of NUMA, where the memory shall be.
+        num_parts: of a block (see `Layout.parts`), where they are compared one by one.
 
     Raises:
         PoolAllocationError: the memory could not be had, or none of it be pinned.
     """
 
     def __init__(
-        self, num_slots: int, slot_bytes: int, pinned: bool, node: int | None = None
+        self,
+        num_slots: int,
+        slot_bytes: int,
+        pinned: bool,
+        node: int | None = None,
+        num_parts: int = 1,
     ) -> None:
         self.slot_bytes = slot_bytes
         self._num_slots = num_slots
@@ -64,8 +74,9 @@ class HostPool:
             raise PoolAllocationError(_cannot("allocate", self._size, error)) from error
         self.address = self._memory.address
         self.bytes = self._memory.bytes.view(num_slots, slot_bytes)
-        self._beside = HostMemory(num_slots * CHECKSUM_BYTES)
-        self.checksums = self._beside.bytes.view(torch.int64)
+        self._beside = HostMemory(num_parts * num_slots * CHECKSUM_BYTES)
+        self.running_checksums = self._beside.bytes.view(torch.int64).view(num_parts, num_slots)
+        self.checksums = self.running_checksums[-1]
         self.piece_slots = slots_of_a_piece(slot_bytes)
         self._node = node
         if node is not None and not prefer_node(self.address, self._size, node):
@@ -114,7 +125,8 @@ class HostPool:
         if self._preparation is not None:
             self._preparation.stop()
         self.bytes = torch.empty((0, self.slot_bytes), dtype=torch.uint8)
-        self.checksums = torch.empty(0, dtype=torch.int64)
+        self.running_checksums = torch.empty((1, 0), dtype=torch.int64)
+        self.checksums = self.running_checksums[-1]
         self._memory.close()
         self._beside.close()
 
@@ -174,7 +186,9 @@ def open_pool(config: KVortexConfig, layout: Layout, num_slots: int) -> HostPool
         PoolAllocationError: see HostPool.
     """
     node = choose_node(config.numa_node, layout.device)
-    return HostPool(num_slots, layout.slot_bytes, layout.device.type == "cuda", node)
+    on_gpu = layout.device.type == "cuda"
+    num_parts = len(layout.parts()) if on_gpu else 1
+    return HostPool(num_slots, layout.slot_bytes, on_gpu, node, num_parts)
 
 
 def slots_of_a_piece(slot_bytes: int) -> int:

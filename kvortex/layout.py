@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 PAGE_ALIGNMENT = 16
 """Every page starts at a multiple of this in its slot, so that 16-byte accesses stay possible."""
+MOST_PARTS = 8
+LEAST_PART_BYTES = 256 << 10
+"""Of a block, in parts that are loaded, waited for and compared one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,12 @@ class Layout:
         """The rows of the run table that belong to each page."""
         ends = list(accumulate(prod(page.view.shape[1:-1]) for page in self.pages))
         return [range(start, end) for start, end in pairwise([0, *ends])]
+
+    def parts(self) -> list[range]:
+        """The rows of the run table that are loaded, waited for and compared together."""
+        num_runs = self.page_runs()[-1].stop
+        size = runs_of_a_part(num_runs, self.slot_bytes)
+        return [range(row, min(row + size, num_runs)) for row in range(0, num_runs, size)]
 
     def stretch_bytes(self) -> int:
         """Bytes that lie side by side both in a block and in a slot, on the average."""
@@ -170,6 +179,12 @@ def _form(tensor: torch.Tensor, num_blocks: int) -> str:
     """Strides themselves depend on how many blocks there are."""
     order = sorted(range(1, tensor.dim()), key=tensor.stride().__getitem__)
     return f"{tensor.dtype} {tensor.shape[0] // num_blocks} {tuple(tensor.shape[1:])} {order}"
+
+
+def runs_of_a_part(num_runs: int, slot_bytes: int) -> int:
+    """How many rows of a run table are a part of a block; the last part may have fewer."""
+    parts = max(1, min(MOST_PARTS, slot_bytes // LEAST_PART_BYTES))
+    return -(-num_runs // parts)
 
 
 def common_word(runs: torch.Tensor, slot_bytes: int) -> int:

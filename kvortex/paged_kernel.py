@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvortex.core import Direction
 from kvortex.cuda_driver import LaunchConfiguration, cuda_driver
 from kvortex.id_ring import ROW_BYTES, IdRing
-from kvortex.layout import common_word
+from kvortex.layout import common_word, runs_of_a_part
 from kvortex.triton_kernels.paged_copy import Sums, Tiling, paged_copy
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ TILE_BYTES = 32 << 10
 THREAD_BYTES = 64
 """Of them a thread moves, in 8-byte words."""
 RUN_BYTES = 32
-PARAMETERS = struct.Struct("@PPPPPPiiiii")
-SUM_BYTES = 16
-SIZES = [8] * 6 + [4] * 5
+PARAMETERS = struct.Struct("@PPPPPPiiiiiii")
+NUMBER_BYTES = 8
+SIZES = [8] * 6 + [4] * 7
 
 
 def tiling_of(runs: torch.Tensor, slot_bytes: int) -> Tiling:
@@ -41,6 +41,7 @@ def tiling_of(runs: torch.Tensor, slot_bytes: int) -> Tiling:
         chunks_per_run=-(-longest // chunk_words),
         rows=rows,
         num_warps=min(16, max(1, threads // 32)),
+        part_runs=runs_of_a_part(len(runs), slot_bytes),
     )
 
 
@@ -78,6 +79,12 @@ class PagedKernel:
         sums = ids.verdicts.sums if ids.verdicts is not None else None
         ways = ids.verdicts.ways if ids.verdicts is not None else {False}
         self._of_words, self._checksums, self._verdicts = _addresses(sums)
+        self._sum_bytes = sums.of_words.shape[1] * NUMBER_BYTES if sums is not None else 0
+        self._num_slots = sums.checksums.shape[1] if sums is not None else 0
+        self._store = direction is Direction.STORE
+        if sums is not None:
+            parts = -(-self._num_runs // tiling.part_runs)
+            assert parts == len(sums.checksums), "the pool was not made for this layout"
         self._functions: dict[bool, tuple[Handle, LaunchConfiguration, Any, int]] = {}
         for summed in ways:
             compiled = paged_copy(  # no blocks: compiles and loads, copies nothing
@@ -86,12 +93,11 @@ class PagedKernel:
                 slots,
                 0,
                 tiling,
-                store=direction is Direction.STORE,
+                store=self._store,
                 programs=1,
                 dense=dense,
                 sums=sums if summed else None,
                 copy=copy,
-                finish=False,
             )
             threads = compiled.metadata.num_warps * 32
             launch = LaunchConfiguration((1, 1, 1), (threads, 1, 1), compiled.metadata.shared)
@@ -127,14 +133,18 @@ class PagedKernel:
             stream: of CUDA.
             summed: sum up what is moved, one of the `ways` of the ids' verdicts. One row's sums are
                 of one copy at a time.
-            runs: the rows of the run table to copy; None copies all of them. Where a copy takes
-                several launches, the last rows of the table come last.
+            runs: the rows of the run table to load; None copies all of them. Whole parts, and those
+                before them were loaded by the launches before.
 
         Raises:
             TransferError: it could not be launched.
         """
         first, end = (runs.start, runs.stop) if runs is not None else (0, self._num_runs)
-        count, chunks = end - first, self._tiling.chunks_per_run
+        count, tiling = end - first, self._tiling
+        checksums, part_runs = self._checksums, tiling.part_runs
+        if not self._store:  # compared up to here, whichever part that is
+            checksums += (end - 1) // part_runs * self._num_slots * NUMBER_BYTES
+            part_runs = count
         function, configuration, grid, configuration_at = self._functions[summed]
         PARAMETERS.pack_into(
             self._buffer,
@@ -142,14 +152,16 @@ class PagedKernel:
             self._address + first * RUN_BYTES,
             ids + row * ROW_BYTES,
             slots,
-            self._of_words + row * SUM_BYTES,
-            self._checksums,
+            self._of_words + row * self._sum_bytes,
+            checksums,
             self._verdicts + row,
-            num_blocks * count * chunks,
+            num_blocks,
             count,
-            chunks,
+            tiling.chunks_per_run,
             self._slot_bytes,
-            num_blocks if summed and end == self._num_runs else 0,
+            part_runs,
+            self._num_slots,
+            end == self._num_runs,
         )
         grid[0] = programs
         configuration.stream = stream

@@ -71,7 +71,8 @@ class Rig:
             for i in range(self.layers)
         }
         self.layout: Layout = make_layout(self.kv_caches)
-        self.pool = HostPool(self.num_blocks, self.layout.slot_bytes, pinned=True)
+        parts = len(self.layout.parts())
+        self.pool = HostPool(self.num_blocks, self.layout.slot_bytes, pinned=True, num_parts=parts)
         self.pool.wait_until_ready()
         self.nbytes = self.num_blocks * self.layout.slot_bytes
         self.block_ids: BlockIds = np.random.default_rng(0).permutation(self.num_blocks)

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvortex.core import Direction
 from kvortex.triton_kernels.paged_copy import Sums
 from kvortex.verification import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvortex.core import BlockIds, Direction
+    from kvortex.core import BlockIds
     from kvortex.host_pool import HostPool
     from kvortex.verification import Verification
 
@@ -40,8 +41,10 @@ class Verdicts:
     ) -> None:
         pinned = torch.cuda.is_available()
         verdicts = torch.zeros(num_rows, dtype=torch.int8, pin_memory=pinned)
-        of_words = torch.zeros((num_rows, 2), dtype=torch.int64, device=device)
-        self.sums = Sums(of_words, pool.checksums, verdicts)
+        checksums = pool.running_checksums
+        parts = len(checksums) if direction is Direction.STORE else 1
+        of_words = torch.zeros((num_rows, 1 + parts), dtype=torch.int64, device=device)
+        self.sums = Sums(of_words, checksums, verdicts)
         self._found = verdicts.numpy()
         self._direction = direction
         self._turns = Turns(verification)

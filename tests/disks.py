@@ -101,7 +101,7 @@ def opened(
         **{"readers": 2, "writers": 2, "read_deadline_s": 10.0, "most_parts": 4} | options
     )
     with (
-        HostPool(num_slots, slot_bytes, pinned=False) as pool,
+        HostPool(num_slots, slot_bytes, pinned=False, num_parts=3) as pool,
         DiskStore(path, namespace, rank, num_slots, pool, how, verification, open_file) as store,
     ):
         yield store, pool

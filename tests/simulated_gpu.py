@@ -204,6 +204,7 @@ class SimulatedKernel:
         self.device = runs.device
         self._word = tiling.word
         self._runs: list[list[int]] = runs.tolist()
+        self._part_runs = tiling.part_runs
         self._slot_bytes = slots.shape[1]
         self._store = direction is Direction.STORE
         self._dense = dense
@@ -221,29 +222,29 @@ class SimulatedKernel:
         runs: range | None = None,
     ) -> None:
         assert summed in self._ways
-        rows = self._runs if runs is None else self._runs[runs.start : runs.stop]
+        runs = runs or range(len(self._runs))
+        assert runs.start % self._part_runs == 0
         packed = self._slot_bytes if self._dense else 0
-        last = summed and (runs is None or runs.stop == len(self._runs))
-        blocks = (
-            self._block(row + i, ids, slots + i * packed, rows, summed, last) for i in range(count)
-        )
+        blocks = (self._block(row + i, ids, slots + i * packed, runs, summed) for i in range(count))
         self.driver.launch(stream, blocks)
 
     def _block(
-        self, row: int, ids: int, slots: int, runs: list[list[int]], summed: bool, last: bool
+        self, row: int, ids: int, slots: int, runs: range, summed: bool
     ) -> Callable[[], bool]:
         def copy() -> bool:
             block, slot, seed = ROW.unpack(ctypes.string_at(ids + row * ROW.size, ROW.size))
             place = slots + (0 if self._dense else slot) * self._slot_bytes
-            for base, stride, offset, nbytes in runs:
+            for number in runs:
+                base, stride, offset, nbytes = self._runs[number]
                 gpu, host = base + block * stride, place + offset
                 if self._copies:
                     to, source = (host, gpu) if self._store else (gpu, host)
                     moved(to, source, nbytes)
                 if summed and self._sums is not None:
-                    self._sums.of_words[row, 0] += self._sum(gpu, offset, nbytes)
-            if last:
-                self._finish(row, slot, seed)
+                    part = number // self._part_runs if self._store else 0
+                    self._sums.of_words[row, 1 + part] += self._sum(gpu, offset, nbytes)
+            if summed:
+                self._finish(row, block, slot, seed, runs)
             return True
 
         return copy
@@ -254,14 +255,17 @@ class SimulatedKernel:
         places = torch.arange(offset // self._word, (offset + nbytes) // self._word)
         return _scrambled(_words(part[None], self._word) ^ places * GOLDEN).sum()
 
-    def _finish(self, row: int, slot: int, seed: int) -> None:
+    def _finish(self, row: int, block: int, slot: int, seed: int, runs: range) -> None:
         assert self._sums is not None
-        checksum = _scrambled(self._sums.of_words[row, 0] + seed)
-        self._sums.of_words[row, 0] = 0
+        checksums = _scrambled(self._sums.of_words[row, 1:].cumsum(0) + seed)
         if self._store:
-            self._sums.checksums[slot] = checksum
-        elif self._sums.checksums[slot] != checksum:
+            self._sums.checksums[:, slot] = checksums
+        elif self._sums.checksums[(runs.stop - 1) // self._part_runs, slot] != checksums:
             self._sums.verdicts[row] = 1
+            for base, stride, _, nbytes in self._runs[runs.start : runs.stop]:
+                ctypes.memset(base + block * stride, 0, nbytes)
+        if self._store or runs.stop == len(self._runs):
+            self._sums.of_words[row] = 0
 
 
 class SimulatedStream:
@@ -309,12 +313,16 @@ def simulated_engine(
     piece_slots: int = 1 << 20,
     verify: Verify = "always",
 ) -> tuple[dict[str, torch.Tensor], CudaCopyEngine]:
-    """An engine over three layers of `blocks` blocks and as many slots, all full of noise."""
+    """An engine over three layers of `blocks` blocks and as many slots, all full of noise.
+
+    Each layer is a part of its own.
+    """
+    patch.setattr("kvortex.layout.LEAST_PART_BYTES", 1)
     kv = {
         name: torch.randint(0, 255, (blocks, page), dtype=torch.uint8) for name in ("a", "b", "c")
     }
     layout = make_layout(kv)
-    pool = HostPool(blocks, layout.slot_bytes, pinned=False)
+    pool = HostPool(blocks, layout.slot_bytes, pinned=False, num_parts=len(layout.parts()))
     pool.bytes.random_(0, 255)
     pool.piece_slots = piece_slots
     end = pool.address + pool.bytes.numel()

@@ -17,7 +17,7 @@ from geometries import GEOMETRIES, Geometry, dense, noise, strided
 from kvortex.layout import Layout, make_layout
 from kvortex.paged_kernel import tiling_of
 from kvortex.triton_kernels.paged_copy import Sums, Tiling, paged_copy
-from kvortex.triton_kernels.reference import checksums_reference
+from kvortex.triton_kernels.reference import checksums_reference, paged_copy_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,11 +41,17 @@ class Setup:
     """KV tensors, slots, and where the kernel keeps checksums; three blocks go to three slots."""
 
     def __init__(
-        self, geometry: Geometry, device: torch.device, tiling: Tiling | None = None
+        self,
+        geometry: Geometry,
+        device: torch.device,
+        tiling: Tiling | None = None,
+        part_runs: int | None = None,
     ) -> None:
         self.layout: Layout = make_layout(geometry.make(device), geometry.num_blocks)
         self.runs = self.layout.run_table()
-        self.tiling = tiling or tiling_of(self.runs, self.layout.slot_bytes)
+        tiling = tiling or tiling_of(self.runs, self.layout.slot_bytes)
+        self.tiling = replace(tiling, part_runs=part_runs or tiling.part_runs)
+        self.num_parts = -(-len(self.runs) // self.tiling.part_runs)
         size = NUM_SLOTS * self.layout.slot_bytes
         self.slots = pinned(
             noise(size, torch.device("cpu"), seed=77).view(NUM_SLOTS, self.layout.slot_bytes),
@@ -55,10 +61,11 @@ class Setup:
         rows = zip((last, 0, last // 2), (3, 1, 4), SEEDS, strict=True)
         self.ids = pinned(torch.tensor([list(row) for row in rows]), device)
         self.sums = Sums(
-            torch.zeros(3, 2, dtype=torch.int64, device=device),
-            pinned(torch.zeros(NUM_SLOTS, dtype=torch.int64), device),
+            torch.zeros(3, 1 + self.num_parts, dtype=torch.int64, device=device),
+            pinned(torch.zeros(self.num_parts, NUM_SLOTS, dtype=torch.int64), device),
             pinned(torch.zeros(3, dtype=torch.int8), device),
         )
+        self.of_loads = torch.zeros(3, 2, dtype=torch.int64, device=device)
 
     def launch(
         self,
@@ -69,9 +76,10 @@ class Setup:
         slots: torch.Tensor | None = None,
         dense: bool = False,
         copy: bool = True,
-        finish: bool = True,
+        part: int | None = None,
     ) -> None:
         device = self.layout.device
+        sums = self.sums if store else replace(self.sums, of_words=self.of_loads)
         paged_copy(
             (self.runs if runs is None else runs).to(device),
             self.ids,
@@ -80,18 +88,26 @@ class Setup:
             self.tiling,
             store=store,
             programs=programs,
-            sums=self.sums,
+            sums=sums,
             dense=dense,
             copy=copy,
-            finish=finish,
+            part=part,
         )
         if device.type == "cuda":
             torch.cuda.synchronize()
-        assert not (finish and self.sums.of_words.any())
+        assert part not in {None, self.num_parts - 1} or not sums.of_words.any()
+
+    def load_parts(self, parts: list[int]) -> None:
+        """One launch for each, up to the end of a part."""
+        start = 0
+        for part in parts:
+            end = (part + 1) * self.tiling.part_runs
+            self.launch(store=False, runs=self.runs[start:end], part=part)
+            start = end
 
     def stored(self) -> list[int]:
         """The checksums that the kernel left of the three."""
-        return self.sums.checksums[self.ids[:, 1]].tolist()
+        return self.sums.checksums[-1, self.ids[:, 1]].tolist()
 
     def wrong(self) -> list[int]:
         """The verdicts of a load."""
@@ -99,9 +115,17 @@ class Setup:
         self.launch(store=False)
         return self.sums.verdicts.tolist()
 
-    def expected(self) -> list[int]:
-        """By plain Python, of what is in the slots."""
-        runs = [(run[2], run[3]) for run in self.runs.tolist()]
+    def block(self, number: int) -> torch.Tensor:
+        """The bytes that one of the three has on the GPU, packed like a slot."""
+        packed = torch.zeros(1, self.layout.slot_bytes, dtype=torch.uint8)
+        pages = [(page.view, page.slot_offset) for page in self.layout.pages]
+        zero = torch.zeros(1, dtype=torch.int64)
+        paged_copy_reference(pages, self.ids[number, :1], zero, packed, store=True)
+        return packed[0]
+
+    def expected(self, of: torch.Tensor | None = None) -> list[int]:
+        """By plain Python, of what is in the slots; by default of all runs."""
+        runs = [(run[2], run[3]) for run in (self.runs if of is None else of).tolist()]
         slots = [bytes(self.slots[slot].tolist()) for slot in self.ids[:, 1].tolist()]
         word = self.tiling.word
         return [naive(slot, runs, word, seed) for slot, seed in zip(slots, SEEDS, strict=True)]
@@ -172,17 +196,13 @@ def test_the_shape_of_a_launch_does_not_matter(
 
 
 def test_nor_does_it_who_moves_the_bytes(place: torch.device) -> None:
-    """Layer by layer, through a buffer, or a copy engine, whose bytes are only summed up."""
+    """Through a buffer, or a copy engine, whose bytes are only summed up."""
     setup = Setup(UNEQUAL, place)
     setup.launch(store=True)
     expected = setup.stored()
-    for way in ("parts", "buffer", "engine"):
+    for way in ("buffer", "engine"):
         setup.sums.checksums.zero_()
-        if way == "parts":
-            for start in range(0, len(setup.runs), 2):
-                last = start + 2 >= len(setup.runs)
-                setup.launch(store=True, runs=setup.runs[start : start + 2], finish=last)
-        elif way == "buffer":
+        if way == "buffer":
             buffer = torch.zeros_like(setup.slots[:3], device=place)
             setup.launch(store=True, slots=buffer, dense=True)
         else:
@@ -224,7 +244,7 @@ def other_block(setup: Setup) -> None:
 
 def other_block_with_its_checksum(setup: Setup) -> None:
     other_block(setup)
-    setup.sums.checksums[1] = setup.sums.checksums[3]
+    setup.sums.checksums[:, 1] = setup.sums.checksums[:, 3]
 
 
 def other_key(setup: Setup) -> None:
@@ -250,7 +270,42 @@ def test_a_wrong_byte_is_found_in_its_block(
     setup = Setup(UNEQUAL, place)
     setup.launch(store=True)
     corrupt(setup)
+    right = setup.block(0), setup.block(2)
     assert setup.wrong() == [0, 1, 0]
+    assert not setup.block(1).any()
+    assert all(map(torch.equal, (setup.block(0), setup.block(2)), right))
+
+
+@pytest.mark.parametrize("part_runs", [1, 2, 3, 4])
+@pytest.mark.parametrize("programs", [1, 3])
+def test_every_part_has_the_checksum_of_all_that_comes_before_its_end(
+    place: torch.device, part_runs: int, programs: int
+) -> None:
+    setup = Setup(UNEQUAL, place, part_runs=part_runs)
+    setup.launch(store=True, programs=programs)
+    for part in range(setup.num_parts):
+        runs = setup.runs[: (part + 1) * part_runs]
+        kept = setup.sums.checksums[part, setup.ids[:, 1]].tolist()
+        assert kept == setup.expected(runs)
+    assert setup.wrong() == [0, 0, 0]
+    setup.load_parts(list(range(setup.num_parts)))
+    setup.load_parts([*range(1, setup.num_parts - 1, 2), setup.num_parts - 1])
+    assert setup.sums.verdicts.tolist() == [0, 0, 0]
+
+
+def test_what_arrives_in_parts_is_cleared_from_the_first_wrong_one_on(place: torch.device) -> None:
+    setup = Setup(UNEQUAL, place, part_runs=1)
+    setup.launch(store=True)
+    stored = setup.block(1)
+    flip(setup)  # in the third run, of five
+    setup.load_parts([0, 1])
+    assert setup.sums.verdicts.tolist() == [0, 0, 0]
+    setup.of_loads.zero_()
+    setup.load_parts([1, 2, 3, 4])
+    assert setup.sums.verdicts.tolist() == [0, 1, 0]
+    first = int(setup.runs[2, 2])
+    assert torch.equal(setup.block(1)[:first], stored[:first])
+    assert not setup.block(1)[first:].any()
 
 
 def test_a_verdict_stays_until_somebody_read_it(place: torch.device) -> None:
@@ -278,7 +333,7 @@ def test_many_blocks_are_finished_too(place: torch.device) -> None:
     slots = pinned(torch.zeros(1200, layout.slot_bytes, dtype=torch.uint8), device)
     sums = Sums(
         torch.zeros(count, 2, dtype=torch.int64, device=device),
-        pinned(torch.zeros(1200, dtype=torch.int64), device),
+        pinned(torch.zeros(1, 1200, dtype=torch.int64), device),
         pinned(torch.zeros(count, dtype=torch.int8), device),
     )
     tiling = tiling_of(runs, layout.slot_bytes)
@@ -287,7 +342,7 @@ def test_many_blocks_are_finished_too(place: torch.device) -> None:
         torch.cuda.synchronize()
     spans = [(run[2], run[3]) for run in runs.tolist()]
     expected = checksums_reference(slots[ids[:, 1]], spans, tiling.word, ids[:, 2])
-    assert torch.equal(sums.checksums[ids[:, 1]], expected)
+    assert torch.equal(sums.checksums[0, ids[:, 1]], expected)
 
 
 @given(data=st.data())

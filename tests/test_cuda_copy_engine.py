@@ -18,6 +18,7 @@ from simulated_gpu import TICK, SimulatedDriver, simulate, simulated_engine
 from kvortex.calibration import DMA, STAGED, ZERO_COPY, Choice
 from kvortex.core import Direction, TransferError
 from kvortex.cuda_stopwatch import MOST_TIMED
+from kvortex.host_pool import UNCOUNTED
 from kvortex.verification import ONE_IN
 
 if TYPE_CHECKING:
@@ -196,12 +197,39 @@ def test_layers_are_there_when_their_tickets_say_so(
     simulate(monkeypatch, driver, cuda_copy_engine__LAUNCH_BYTES=pages_a_launch * BLOCKS * PAGE)
     kv, engine = simulated_engine(monkeypatch, CHOICES[1], blocks=BLOCKS, page=PAGE)
     slots = np.random.default_rng(seed).permutation(BLOCKS)
+    assert engine.copy(STORE, np.arange(BLOCKS), slots).wait()
+    expected = {name: tensor.clone() for name, tensor in kv.items()}
+    spoilt = seed % 3  # as is the page of one block, so that it is cleared from this launch on
+    engine.pool.bytes[slots[7], engine.layout.pages[spoilt].slot_offset] ^= 1
+    for number, page in enumerate(engine.layout.pages):
+        kv[page.name].random_(0, 255)
+        if number >= spoilt // pages_a_launch * pages_a_launch:
+            expected[page.name][7] = 0
     tickets = engine.load_layers(np.arange(BLOCKS), slots)
     assert len(set(tickets)) == -(-len(kv) // pages_a_launch)
     for page, ticket in zip(engine.layout.pages, tickets, strict=True):
         assert ticket.wait()
-        part = slice(page.slot_offset, page.slot_offset + PAGE)
-        assert torch.equal(kv[page.name], engine.pool.bytes[slots, part])
+        assert torch.equal(kv[page.name], expected[page.name])
+    assert tickets[-1].bad_block_ids == [7]
+    engine.close()
+
+
+def test_blocks_of_which_only_the_whole_is_known_are_loaded_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    simulate(monkeypatch, SimulatedDriver(0), cuda_copy_engine__LAUNCH_BYTES=1)
+    kv, engine = simulated_engine(monkeypatch, CHOICES[1], blocks=BLOCKS, page=PAGE)
+    where = np.arange(BLOCKS), np.arange(BLOCKS)
+    assert engine.copy(STORE, *where).wait()
+    assert len(set(engine.load_layers(*where))) == len(kv)
+    engine.pool.running_checksums[:-1, 5] = UNCOUNTED
+    (ticket,) = set(engine.load_layers(*where))
+    assert ticket.wait()
+    assert ticket.bad_block_ids == []
+    engine.pool.bytes[5, 0] ^= 1
+    ticket = engine.load_layers(*where)[0]
+    assert ticket.wait()
+    assert ticket.bad_block_ids == [5]
     engine.close()
 
 
@@ -209,7 +237,7 @@ def test_a_stream_that_is_fenced_waits_for_the_load(monkeypatch: pytest.MonkeyPa
     driver = SimulatedDriver(0)
     driver.eagerness = 0.0
     simulate(monkeypatch, driver)
-    kv, engine = simulated_engine(monkeypatch, CHOICES[0], blocks=BLOCKS, page=PAGE)
+    kv, engine = simulated_engine(monkeypatch, CHOICES[0], blocks=BLOCKS, page=PAGE, verify="off")
     driver.current_stream = 77
     seen: list[bool] = []
 

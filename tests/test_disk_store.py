@@ -35,6 +35,7 @@ import kvortex.disk.store
 from kvortex.core import ConfigError
 from kvortex.disk import disk_slots_in_pool
 from kvortex.disk.file import DiskFile
+from kvortex.host_pool import UNCOUNTED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,11 +83,11 @@ def test_the_checksum_beside_a_slot_travels_as_it_is(
         for parts in (1, 2, 4)[: store._pieces]:
             store._most_parts = parts
             pool.bytes[3].fill_(0xEE)
-            pool.checksums[3] = 0
+            pool.running_checksums[:, 3] = 99
             store.read(3, [b"a"], [1], [3])
             assert ended(store, 3) == frozenset()
             assert content(pool, 3) == data
-            assert pool.checksums[3] == right
+            assert pool.running_checksums[:, 3].tolist() == [UNCOUNTED, UNCOUNTED, right]
         pool.checksums[3] = 0
         store.read(4, [b"a"], [2], [3])
         assert ended(store, 4) == (frozenset() if how.by_gpu else {0})

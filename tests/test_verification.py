@@ -19,6 +19,7 @@ from kvortex.checksum import checksum_of, combine, digest_pieces, num_pieces, se
 from kvortex.core import Direction
 from kvortex.host_pool import HostPool
 from kvortex.layout import make_layout
+from kvortex.triton_kernels.reference import paged_copy_reference
 from kvortex.verification import ONE_IN, Turns, verification_of
 from kvortex.worker import open_copy_engine
 
@@ -53,7 +54,8 @@ class Setup:
         self.layout = make_layout(kv, num_blocks)
         on_gpu = self.layout.device.type == "cuda"
         blocks = self.layout.num_blocks
-        self.pool = HostPool(blocks, self.layout.slot_bytes, pinned=on_gpu)
+        parts = len(self.layout.parts()) if on_gpu else 1
+        self.pool = HostPool(blocks, self.layout.slot_bytes, pinned=on_gpu, num_parts=parts)
         stack.callback(self.pool.close)
         verification = verification_of(self.layout, verify)
         self.engine: CopyEngine = open_copy_engine(self.layout, self.pool, 4, verification)
@@ -70,6 +72,14 @@ class Setup:
         assert ticket.wait()
         return sorted(ticket.bad_block_ids)
 
+    def packed(self) -> torch.Tensor:
+        """What the KV tensors hold, packed like slots."""
+        slots = torch.zeros_like(self.pool.bytes)
+        ids = torch.from_numpy(self.blocks)
+        pages = [(page.view, page.slot_offset) for page in self.layout.pages]
+        paged_copy_reference(pages, ids, ids, slots, store=True)
+        return slots
+
     def places(self) -> list[int]:
         """Bytes of a slot that hold something."""
         held = [range(p.slot_offset, p.slot_offset + p.nbytes) for p in self.layout.pages]
@@ -77,7 +87,11 @@ class Setup:
 
 
 @pytest.fixture
-def opened() -> Iterator[ExitStack]:
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    """Small blocks also consist of parts, and are loaded part by part."""
+    monkeypatch.setattr("kvortex.layout.LEAST_PART_BYTES", 1)
+    if torch.cuda.is_available():
+        monkeypatch.setattr("kvortex.cuda_copy_engine.LAUNCH_BYTES", 1)
     with ExitStack() as stack:
         yield stack
 
@@ -92,10 +106,19 @@ def test_each_kind_of_corruption_is_found(
     assert setup.bad() == setup.bad(by_layer=True) == []
     block = draw.randrange(len(setup.blocks))
     good = slots.clone()
+    in_kv = setup.packed()
 
     place = draw.choice(places)
     slots[block, place] ^= 1 << draw.randrange(8)
     assert setup.bad() == setup.bad(by_layer=True) == [block]
+    in_kv_now = setup.packed()
+    assert in_kv_now[block, places[-1]] == 0  # cleared from the part with that bit on
+    assert [n for n, (a, b) in enumerate(zip(in_kv, in_kv_now, strict=True)) if not a.equal(b)] in (
+        [block],
+        [],  # if it was all zeros there
+    )
+    assert setup.bad() == [block]
+    assert not setup.packed()[block].any()
     slots.copy_(good)
     assert setup.bad() == []
 
@@ -253,6 +276,8 @@ def test_every_mover_finds_the_same(mover: str, page: int, device: torch.device)
         ticket = machine.start(load)
         assert ticket.wait()
         assert sorted(ticket.bad_block_ids) == sorted(machine.block_ids[wrong].tolist())
+        for kv in machine.kv_caches.values():
+            assert not kv[machine.block_ids[wrong]].any()
 
 
 @only_cuda

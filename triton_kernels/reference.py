@@ -44,6 +44,13 @@ def paged_copy_reference(
                 view[ids] = host[slots, part].to(view.device).reshape(len(ids), *view.shape[1:])
 
 
+def clear_blocks(pages: Iterable[torch.Tensor], block_ids: list[int]) -> None:
+    """Leave zeros in these blocks; `pages` are views as above."""
+    with torch.inference_mode():
+        for view in pages:
+            view[torch.tensor(block_ids, device=view.device)] = 0
+
+
 def checksums_reference(
     blocks: torch.Tensor, runs: Iterable[tuple[int, int]], word: int, seeds: torch.Tensor
 ) -> torch.Tensor:

@@ -107,7 +107,7 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
                     self._geometry,
                     outlives=self._outlives(vllm_config),
                     second_runner=SecondRunner(vllm_config) if second else None,
-                    runs_ahead=second or vllm_config.scheduler_config.async_scheduling,
+                    runs_ahead=vllm_config.scheduler_config.async_scheduling and not second,
                 )
                 told = vllm_config.kv_events_config
                 if told is not None and told.enable_kv_cache_events:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvortex.checksum import WORD, checksum_of, combine, digest_pieces, signed
 from kvortex.disk.scheme import OWN, SEEDED, SUMS, Scheme
+from kvortex.host_pool import UNCOUNTED
 
 if TYPE_CHECKING:
     from kvortex.checksum import Digests
@@ -42,6 +43,7 @@ class Checksums:
         """Whether bytes are compared as they come; else they are when they are loaded."""
         on = verification is not None and verification.on
         self._beside = pool.checksums.numpy() if on else None
+        self._of_parts = pool.running_checksums[:-1].numpy()
 
     def of(self, host_slot: int, block: memoryview) -> int:
         """For the record of what is in a host slot."""
@@ -60,4 +62,5 @@ class Checksums:
             return False
         if self._beside is not None:
             self._beside[host_slot] = signed(record.checksum)
+            self._of_parts[:, host_slot] = UNCOUNTED
         return True
