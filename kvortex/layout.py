@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 PAGE_ALIGNMENT = 16
 """Every page starts at a multiple of this in its slot, so that 16-byte accesses stay possible."""
-MOST_PARTS = 8
-LEAST_PART_BYTES = 256 << 10
+MOST_PARTS = 16
+LEAST_PART_BYTES = 128 << 10
 """Of a block, in parts that are loaded, waited for and compared one by one."""
 
 

@@ -60,23 +60,27 @@ def test_every_whole_block_comes_back_and_output_is_equal(
 
 
 @pytest.mark.parametrize("runner", ["0", pytest.param("1", marks=[pytest.mark.gpu, NO_CUDA])])
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("waiting", ["whole", "layers", "apart"])
 def test_flipped_bits_cost_time_only(
     tiny_model: str,
     expected: list[list[int]],
     runner: str,
-    apart: bool,
+    waiting: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In host memory, while conversations return: every answer is right, and each is counted."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    monkeypatch.setattr("kvortex.layout.LEAST_PART_BYTES", 1)  # each layer is a part
+    if torch.cuda.is_available():
+        monkeypatch.setattr("kvortex.cuda_copy_engine.LAUNCH_BYTES", 1)
     draw, flipped = random.Random(7), 0
     some, tokens = slice(7, None, 3), 12
     asked = prompts(LENGTHS)[some]
     right = [output[:tokens] for output in expected[some]]
     with running(tiny_model, 0.5) as llm:
         side = connector(llm)._scheduler
-        if apart:
+        monkeypatch.setattr(type(side.costs), "hides", lambda *_: waiting == "layers")
+        if waiting == "apart":
             monkeypatch.setattr(type(side.costs), "pauses", lambda *_: True)
             side._loads.running = 1
         index, pool = side.offload.tier.index, worker_of_this_process()._copy_engine.pool
@@ -100,6 +104,9 @@ def test_flipped_bits_cost_time_only(
             assert counters(llm)["corrupt_blocks"] == index.quarantined == flipped
         assert answers(llm, asked, tokens) == (right, whole_blocks(LENGTHS[some]))
         index.check()
+        counted = counters(llm)
+        assert bool(counted["layered_loads"]) == (waiting == "layers")
+        assert bool(counted["apart_loads"]) == (waiting == "apart")
 
 
 def test_equal_under_preemption(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,8 +372,7 @@ def test_layers_wait_for_their_own_part_where_much_is_computed(
     whole = extended(halves, 500)
     with running(tiny_model, None, **settings) as llm:
         expected = answers(llm, whole)[0]
-    # Where vLLM runs ahead, requests wait for verified loads apart.
-    with running(tiny_model, 0.5, verify="off", **settings) as llm:
+    with running(tiny_model, 0.5, **settings) as llm:
         answers(llm, halves)
         for _ in range(3):
             reset_gpu(llm)

@@ -309,7 +309,7 @@ def test_every_mover_copies_the_same_bytes(mover: str, page: int, device: torch.
 @only_cuda
 def test_both_ways_at_once(device: torch.device) -> None:
     with rig(device, 4096, 300 << 20) as machine:
-        lanes = {way: machine.lane(way, "staged", 8) for way in (STORE, LOAD)}
+        lanes = {way: machine.lane(way, "staged", 8, "off") for way in (STORE, LOAD)}
         half = machine.num_blocks // 2
         before = machine.kv_caches["layer.0"].clone()
         machine.pool.bytes[half:] = 0xEE
