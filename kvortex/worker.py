@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial, wraps
+from threading import RLock
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
+from kvortex.bad_blocks import BadBlocks
 from kvortex.copy_engine import CpuCopyEngine
 from kvortex.core import Direction, Job, StepPlan, StepReport, TransferError
 from kvortex.layer_gate import LayerGate
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence, Set
 
     from kvortex.copy_engine import CopyEngine, Ticket
     from kvortex.core import BlockIds
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Method = TypeVar("Method", bound="Callable[..., object]")
+
 
 @dataclass(slots=True, eq=False)
 class _Launch:
@@ -33,24 +38,39 @@ class _Launch:
     direction: Direction
     jobs: Sequence[Job]
     ticket: Ticket
+    told: set[int] | None = None
+    """Where its bad blocks are noted, if that is not the next to be taken."""
 
     @property
-    def awaited(self) -> bool:
-        """Whether some forward waits for it."""
-        return any(job.request_id is None for job in self.jobs)
+    def is_awaited(self) -> bool:
+        """Whether some forward waits for what it loads."""
+        of_forward = any(job.request_id is None for job in self.jobs)
+        return of_forward and self.direction is Direction.LOAD
+
+
+def _locked(method: Method) -> Method:
+    """Let one thread in at a time."""
+
+    @wraps(method)
+    def alone(self: Worker, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast("Method", alone)
 
 
 class Worker:
     """Per step: `begin` before the model runs, `pass_layer` as each of its layers does, `store`
     after it was launched, `report` at the end.
 
-    Never waits for the GPU but in `await_loads`, and never raises for a copy that failed: that is
-    data in the report.
+    Never waits for the GPU, and never raises for a copy that failed: that is data in the report.
+    One thread; what `take_bad_blocks` returns may be looked into in another.
     """
 
     def __init__(self, copy_engine: CopyEngine, disk: DiskWorker | None = None) -> None:
         self._copy_engine = copy_engine
         self._disk = disk
+        self._lock = RLock()
         self._gate = LayerGate(copy_engine.layout.pages_of, copy_engine.fence)
         self._stores: tuple[Job, ...] = ()
         self._launches: list[_Launch] = []
@@ -70,6 +90,7 @@ class Worker:
         self._told_slots: int | None = None
         self._pool_grows = copy_engine.pool.num_ready_slots < copy_engine.pool.num_slots
 
+    @_locked
     def begin(self, plan: StepPlan, hooked_layers: Collection[str] = ()) -> None:
         """Start the loads; the current stream waits for those that belong to no `request_id`.
 
@@ -103,6 +124,7 @@ class Worker:
         """A layer runs next on the current stream, which waits for this layer's loads."""
         self._gate.pass_through(name)
 
+    @_locked
     def store(self) -> None:
         """Start this step's stores, behind all that the current stream was given so far."""
         self._forward_open = False
@@ -116,6 +138,7 @@ class Worker:
         self._launch(Direction.STORE, self._stores)
         self._stores = ()
 
+    @_locked
     def report(self) -> StepReport:
         """What ended since the last report."""
         self._poll()
@@ -138,39 +161,46 @@ class Worker:
         self._step = None
         return report
 
+    @_locked
     def take_arrived(self) -> set[str]:
         """Requests whose load ended since the last call, well or not."""
         self._poll()
         arrived, self._arrived = self._arrived, set()
         return arrived
 
+    @_locked
     def take_failed_requests(self) -> set[str]:
         """Those of them whose load failed."""
         failed, self._failed_requests = self._failed_requests, set()
         return failed
 
-    def await_loads(self) -> None:
-        """Block until the loads have ended for which this step's forward waits on the GPU.
+    @_locked
+    def take_bad_blocks(self) -> Set[int]:
+        """GPU blocks whose load failed since the last call.
 
-        What they brought may turn out to be corrupt, and is to be told of before an output that
-        used it leaves the engine. The model was launched: the GPU does not wait for this.
+        What the loads brought for which this step's forward waits may turn out to be corrupt, and
+        is to be known before an output that used it leaves the engine: who looks waits for them.
         """
-        for launch in self._launches:
-            if launch.direction is Direction.LOAD and launch.awaited:
-                with contextlib.suppress(TransferError):  # the next poll reports it
-                    launch.ticket.wait()
         self._poll()
-
-    def take_bad_blocks(self) -> set[int]:
-        """GPU blocks whose load failed since the last call."""
         bad, self._bad_blocks = self._bad_blocks, set()
         self._misled = False
-        return bad
+        awaited = [launch for launch in self._launches if launch.is_awaited]
+        for launch in awaited:
+            launch.told = bad
+        return BadBlocks(bad, partial(self._await, awaited)) if awaited else bad
+
+    @_locked
+    def _await(self, launches: Sequence[_Launch]) -> None:
+        for launch in launches:
+            with contextlib.suppress(TransferError):  # the poll notes it
+                launch.ticket.wait()
+        self._poll()
 
     def tickets(self) -> dict[int, Ticket]:
         """The copy that carries each unfinished job."""
         return {job.id: launch.ticket for launch in self._launches for job in launch.jobs}
 
+    @_locked
     def close(self) -> None:
         """Let copies end, so that `report` tells of all; nothing can be launched until `reopen`."""
         self._copy_engine.close()
@@ -240,7 +270,7 @@ class Worker:
                 return False
         except TransferError as error:
             self._log_once(error)
-            self._fail(launch.direction, launch.jobs)
+            self._fail(launch.direction, launch.jobs, launch.told)
             return True
         self._end(launch.jobs)
         if launch.ticket.bad_block_ids:
@@ -256,11 +286,17 @@ class Worker:
             if not found.any():
                 continue
             self._corrupt[job.id] = frozenset(np.flatnonzero(found).tolist())
-            self._bad_blocks.update(job.block_ids[found].tolist())
-            if job.request_id is None:
-                self._misled = True
-            else:
+            self._note_bad(job, job.block_ids[found].tolist(), launch.told)
+            if job.request_id is not None:
                 self._failed_requests.add(job.request_id)
+
+    def _note_bad(self, job: Job, block_ids: list[int], told: set[int] | None = None) -> None:
+        """In the set that tells of its step; of a later one the forward may still be to come."""
+        if told is not None:
+            told.update(block_ids)
+            return
+        self._bad_blocks.update(block_ids)
+        self._misled = self._misled or job.request_id is None
 
     def _end(self, jobs: Sequence[Job]) -> set[str]:
         """Tell of jobs that ended; returns the requests that wait for them."""
@@ -269,12 +305,14 @@ class Worker:
         self._arrived |= requests
         return requests
 
-    def _fail(self, direction: Direction, jobs: Sequence[Job]) -> None:
+    def _fail(
+        self, direction: Direction, jobs: Sequence[Job], told: set[int] | None = None
+    ) -> None:
         self._failed_requests |= self._end(jobs)
         self._failed.update(job.id for job in jobs)
         if direction is Direction.LOAD:
-            self._bad_blocks.update(*(job.block_ids.tolist() for job in jobs))
-            self._misled = self._misled or any(job.request_id is None for job in jobs)
+            for job in jobs:
+                self._note_bad(job, job.block_ids.tolist(), told)
 
     def _log_once(self, error: TransferError) -> None:
         if not self._logged:

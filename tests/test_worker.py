@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -157,11 +159,59 @@ def test_corrupt_blocks_are_named_and_good_ones_are_not() -> None:
     engine.pool.bytes[6] += 1
     worker.begin(StepPlan(loads=(job(2, (4, 5), (5, 6)), job(3, (6, 7)))))
     engine.tickets[1].finish()
-    worker.await_loads()
     assert worker.take_bad_blocks() == {5}
     assert worker.report() == StepReport(finished(2, 3), corrupt={2: frozenset({1})})
     assert worker.report() == StepReport()
     assert worker.take_bad_blocks() == set()
+
+
+def loading_what_turns_out_wrong() -> tuple[Worker, CommandedCopyEngine]:
+    """A step is under way that waits for a load, of which block 5 will not be what was stored."""
+    engine = verifying()
+    worker = running(engine)
+    worker.begin(StepPlan(stores=(job(1, (0, 5), (1, 6)),), has_forward=False))
+    engine.tickets[0].finish()
+    worker.report()
+    engine.pool.bytes[6] += 1
+    worker.begin(StepPlan(loads=(job(2, (4, 5), (5, 6)),)))
+    return worker, engine
+
+
+def test_who_looks_for_bad_blocks_waits_for_the_loads_of_that_step() -> None:
+    """In another thread, while the next step is prepared, which has bad blocks of its own."""
+    worker, engine = loading_what_turns_out_wrong()
+    bad = worker.take_bad_blocks()
+    assert worker.report() == StepReport()
+    worker.begin(StepPlan(lost_block_ids=(7,)))
+    engine.tickets[1].finish()
+    with ThreadPoolExecutor(1) as elsewhere:
+        assert pickle.loads(elsewhere.submit(pickle.dumps, bad).result()) == {5}
+    assert worker.take_bad_blocks() == {7}
+    assert worker.report() == StepReport(finished(2), corrupt={2: frozenset({1})})
+
+
+@pytest.mark.parametrize("polled", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_bad_blocks_belong_to_the_step_that_loaded_them(*, polled: bool, fails: bool) -> None:
+    worker, engine = loading_what_turns_out_wrong()
+    bad = worker.take_bad_blocks()
+    (engine.tickets[1].fail if fails else engine.tickets[1].finish)()
+    if polled:  # by a later step, before anybody looked
+        worker.take_arrived()
+    assert worker.take_bad_blocks() == set()
+    for _ in range(2):
+        assert bad == ({4, 5} if fails else {5})
+    assert {9} | bad == {9, *bad}  # as vLLM unites those of several ranks and connectors
+    assert len(bad) == len(list(bad))
+    assert 5 in bad
+
+
+def test_a_step_without_bad_blocks_has_none() -> None:
+    worker, engine = loading_what_turns_out_wrong()
+    engine.pool.bytes[6] -= 1
+    bad = worker.take_bad_blocks()
+    engine.tickets[1].finish()
+    assert not bad
 
 
 def test_a_request_whose_own_load_is_corrupt_has_failed() -> None:
@@ -173,7 +223,7 @@ def test_a_request_whose_own_load_is_corrupt_has_failed() -> None:
     nothing = np.array([], np.int64)
     wrong_key = Job(2, np.array([4]), np.array([5]), "r", np.array([17]))
     worker.begin(StepPlan(loads=(wrong_key, Job(3, nothing, nothing, "s"))))
-    worker.await_loads()  # not for those that no forward waits for
+    assert not worker.take_bad_blocks()  # nobody waits for those that no forward waits for
     assert worker.take_arrived() == {"s"}
     engine.tickets[1].finish()
     assert worker.take_arrived() == {"r"}
@@ -350,7 +400,10 @@ def test_a_layer_that_did_not_come_by_is_told_and_ends_the_trust() -> None:
     assert engine.directions == [Direction.LOAD] * 3
     report = worker.report()
     assert report == StepReport(finished(2), frozenset({2}), layered_loads=1, unwaited_layers=2)
-    assert worker.take_bad_blocks() == {0}
+    bad = worker.take_bad_blocks()
+    for ticket in engine.tickets:
+        ticket.finish()
+    assert bad == {0}
     worker.begin(plan_of(job(3, (0, 5))), "abc")
     assert engine.fenced[-1] is engine.tickets[-1]
     assert len(engine.tickets) == 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -187,8 +187,10 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """GPU blocks that vLLM must compute again."""
-        return self._worker.take_bad_blocks() if self._worker is not None else set()
+        """GPU blocks that vLLM must compute again; known once it looks (see BadBlocks)."""
+        if self._worker is None:
+            return set()
+        return cast("set[int]", self._worker.take_bad_blocks())
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What this rank finished, for `update_connector_output`."""

@@ -22,6 +22,8 @@ from kvortex.verification import verification_of
 from kvortex.worker import open_copy_engine, open_worker
 
 if TYPE_CHECKING:
+    from collections.abc import Set
+
     from vllm.config import VllmConfig
 
     from kvortex.config import KVortexConfig
@@ -90,10 +92,8 @@ class WorkerSide:
         failed = self.worker.take_failed_requests()
         return set() if self._names_blocks else failed
 
-    def take_bad_blocks(self) -> set[int]:
+    def take_bad_blocks(self) -> Set[int]:
         """Those to tell vLLM of, which asks in the step that loaded them."""
-        if self._verification.on:
-            self.worker.await_loads()
         bad = self.worker.take_bad_blocks()
         return bad if self._names_blocks else set()
 
