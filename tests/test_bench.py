@@ -17,15 +17,17 @@ import pytest
 
 from kvortex import KVortexConfig
 from kvortex.benchmark.conversations import Conversed
-from kvortex.benchmark.first_token import COLD, DISK, GPU, HOST, Sample
+from kvortex.benchmark.first_token import COLD, DISK, GPU, HOST, Sample, _ask
 from kvortex.benchmark.measured import Measured
 from kvortex.benchmark.plan import Plan
 from kvortex.benchmark.report import Report
 from kvortex.benchmark.run import run_task
+from kvortex.benchmark.serving import Asked
 from kvortex.benchmark.table import table
 from kvortex.benchmark.task import BenchmarkError, Conversations, Task
 from kvortex.benchmark.ways import KVORTEX, NONE, SIMPLE, WAYS, kv_transfer_config
 from kvortex.cli import main
+from kvortex.scrape import Scrape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -292,3 +294,44 @@ def test_every_way_has_as_much_host_memory() -> None:
     extras = [each.get("kv_connector_extra_config", {}) for each in told]
     sizes = [e.get("cpu_bytes_to_use", e.get("ram_pool_gb", 0) * (1 << 30)) for e in extras]
     assert sizes == [0, 2 << 30, 2 << 30, 2 << 30]
+
+
+class Silent:
+    """Serves a prompt, 96 tokens of it from somewhere, and counts so many of these by tier."""
+
+    def __init__(self, gpu: int, external: int, disk: int) -> None:
+        self._counted = {
+            "vllm:prefix_cache_hits_total": gpu,
+            "vllm:external_prefix_cache_hits_total": external,
+            "vllm:kvortex_disk_hit_tokens_total": disk,
+        }
+        self._times = 0
+
+    def metrics(self) -> Scrape:
+        lines = (f"{name} {self._times * count}" for name, count in self._counted.items())
+        return Scrape.of("\n".join(lines), 0.0)
+
+    def ask(self, prompt: list[int], tokens: int) -> Asked:
+        self._times += 1
+        return Asked(prompt, 0.0, [7] * tokens, [1.0] * tokens, cached=96)
+
+
+@pytest.mark.parametrize(
+    ("counted", "source", "served"),
+    [
+        ((64, 32, 0), HOST, (64, 32, 0)),
+        ((0, 96, 80), DISK, (0, 16, 80)),
+        ((0, 0, 0), HOST, (0, 96, 0)),
+        ((0, 0, 0), GPU, (96, 0, 0)),
+        ((0, 0, 0), DISK, (0, 0, 96)),
+        ((0, 0, 0), COLD, (0, 0, 0)),
+        ((32, 0, 0), HOST, (32, 64, 0)),
+    ],
+)
+def test_what_metrics_do_not_count_came_from_where_it_should(
+    counted: tuple[int, int, int], source: str, served: tuple[int, int, int]
+) -> None:
+    serving: Any = Silent(*counted)
+    serving.ask([], 1)
+    sample = _ask(serving, [1] * 100, 1, source)
+    assert (sample.gpu_tokens, sample.host_tokens, sample.disk_tokens) == served

@@ -21,7 +21,11 @@ SOURCES = (COLD, GPU, HOST, DISK)
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt, asked once. Served tokens are those that vLLM's and KVortex's metrics counted."""
+    """One prompt, asked once.
+
+    Served tokens are those that the request was told of, by tier as vLLM's and KVortex's metrics
+    counted them; what those did not count is taken to have come from where it should.
+    """
 
     length: int
     prompt: int
@@ -79,14 +83,21 @@ def _ask(serving: Serving, prompt: list[int], number: int, source: str) -> Sampl
     missed = defaultdict[str, int](int)
     for reason, tokens in now.by("vllm:kvortex_missed_tokens_total", "reason").items():
         missed[reason] += int(tokens)
+    served = {
+        GPU: int(now.total("vllm:prefix_cache_hits_total")),
+        HOST: int(now.total("vllm:external_prefix_cache_hits_total") - disk),
+        DISK: int(disk),
+    }
+    if source in served:
+        served[source] += max(0, asked.cached - sum(served.values()))
     return Sample(
         length=len(prompt),
         prompt=number,
         source=source,
         seconds=asked.to_first_token,
-        gpu_tokens=int(now.total("vllm:prefix_cache_hits_total")),
-        host_tokens=int(now.total("vllm:external_prefix_cache_hits_total") - disk),
-        disk_tokens=int(disk),
+        gpu_tokens=served[GPU],
+        host_tokens=served[HOST],
+        disk_tokens=served[DISK],
         missed_tokens={reason: tokens for reason, tokens in missed.items() if tokens},
         answer=tuple(asked.tokens),
     )
