@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
     from vllm.v1.request import Request
 
     from kvortex.connector.messages import ReportMessage
@@ -32,6 +32,8 @@ bytes than were stored, which a load finds out."""
 
 BLOCK = 4
 VOCABULARY = 5
+GARBAGE = 99
+"""The token that is sampled from what is spoilt."""
 MAX_TOKENS = 32
 PAGE_BYTES = 2 * BLOCK * 8 * 4
 CONFIG = {
@@ -64,6 +66,7 @@ def vllm_config(folder: Path, *, overlap: bool, connector: dict[str, Any]) -> An
         async_scheduling=overlap,
         kv_transfer_config=connector,
     ).create_engine_config()
+    config.scheduler_config.async_scheduling = overlap  # which vLLM turns off on a CPU
     config.cache_config.block_size = BLOCK
     if hasattr(config.cache_config, "kv_cache_layout"):  # else vLLM's engine chooses it at start
         config.cache_config.kv_cache_layout = "LBHNC"
@@ -386,6 +389,15 @@ class SimulatedRank:
 
 
 @dataclass(slots=True, eq=False)
+class _Known:
+    """What the runner keeps of a request; of its outputs, only how many if they stay on the GPU."""
+
+    prompt: list[int]
+    blocks: list[int]
+    outputs: list[int]
+
+
+@dataclass(slots=True, eq=False)
 class _Row:
     """A request of a step: which of its tokens are computed, and into which blocks."""
 
@@ -405,14 +417,21 @@ class SimulatedModel:
 
     What is not spoilt has to be right. `read_spoilt` are the requests that computed from spoilt
     blocks in the last step: what they sampled must not be kept.
+
+    It knows of requests what vLLM's first model runner does. If that runs `ahead`, what it samples
+    stays on the GPU, and is the last token that a request of the step before computes next.
     """
 
-    def __init__(self, ranks: list[SimulatedRank]) -> None:
+    def __init__(self, ranks: list[SimulatedRank], *, ahead: bool = False) -> None:
         self.epoch = 0
         self.read_spoilt: set[str] = set()
+        self.taken_back = 0
+        """Samples of requests that go on, but from what they were before."""
         self._ranks = ranks
-        self._tables: dict[str, list[int]] = {}
-        self._prompts: dict[str, list[int]] = {}
+        self._ahead = ahead
+        self._known: dict[str, _Known] = {}
+        self._batch: set[str] = set()
+        self._sampled: dict[str, int] = {}
 
     def run(self, output: SchedulerOutput) -> dict[str, list[int]]:
         """The token that each request got, if any."""
@@ -424,34 +443,66 @@ class SimulatedModel:
             for row in spoilt:
                 self.read_spoilt.add(row.request_id)
                 self._write(row, SPOILT)
-        for request_id in output.finished_req_ids:
-            self._tables.pop(request_id, None)
-            self._prompts.pop(request_id, None)
-        return {row.request_id: row.text[row.last :] for row in rows}
+        return self._sample(rows)
+
+    def _sample(self, rows: list[_Row]) -> dict[str, list[int]]:
+        sampled = {row.request_id: row.text[row.last :] for row in rows}
+        for name in self.read_spoilt:
+            sampled[name] = [GARBAGE] * len(sampled[name])
+        self._batch = set(sampled)
+        self._sampled = {}
+        for name, tokens in sampled.items():
+            self._known[name].outputs += [-1] * len(tokens) if self._ahead else tokens
+            if self._ahead and tokens:
+                self._sampled[name] = tokens[0]
+        return sampled
 
     def _rows(self, output: SchedulerOutput) -> list[_Row]:
-        rows = []
+        self._forget(output)
         for new in output.scheduled_new_reqs:
-            self._tables[new.req_id] = list(new.block_ids[0])
-            self._prompts[new.req_id] = list(new.prompt_token_ids or ())
-            known = len(new.prefill_token_ids or new.prompt_token_ids or ())
-            rows.append(self._row(output, new.req_id, new.num_computed_tokens, known))
+            prompt = list(new.prompt_token_ids or ())
+            self._known[new.req_id] = _Known(prompt, list(new.block_ids[0]), [])
         cached = output.scheduled_cached_reqs
-        for number, request_id in enumerate(cached.req_ids):
-            blocks = cached.new_block_ids[number]
-            if request_id in cached.resumed_req_ids:
-                self._tables[request_id] = []
-            self._tables[request_id] += [] if blocks is None else blocks[0]
-            known = len(self._prompts[request_id]) + cached.num_output_tokens[number]
-            rows.append(self._row(output, request_id, cached.num_computed_tokens[number], known))
-        return rows
+        for number, name in enumerate(cached.req_ids):
+            self._update(cached, number, self._known[name])
+        firsts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        firsts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        assert firsts.keys() == output.num_scheduled_tokens.keys()
+        return [self._row(output, name, first) for name, first in firsts.items()]
 
-    def _row(self, output: SchedulerOutput, request_id: str, first: int, known: int) -> _Row:
-        last = first + output.num_scheduled_tokens[request_id]
-        assert last <= known
-        text = continued(self._prompts[request_id], known + 1)
-        end = last + (last == known)  # only behind the last known token is one sampled
-        return _Row(request_id, self._tables[request_id], text[:end], first, last)
+    def _forget(self, output: SchedulerOutput) -> None:
+        """Who does not go on from the step before: as new or resumed, not even if it was in it."""
+        for name in output.finished_req_ids:
+            self._known.pop(name, None)
+        anew = {new.req_id for new in output.scheduled_new_reqs}
+        anew |= output.scheduled_cached_reqs.resumed_req_ids
+        self.taken_back += len(anew & self._sampled.keys() - output.finished_req_ids)
+        self._batch &= output.num_scheduled_tokens.keys() - anew - output.finished_req_ids
+        self._sampled = {name: self._sampled[name] for name in self._batch & self._sampled.keys()}
+
+    def _update(self, cached: CachedRequestData, number: int, known: _Known) -> None:
+        name, blocks = cached.req_ids[number], cached.new_block_ids[number]
+        if name in cached.resumed_req_ids:
+            known.blocks = []
+        known.blocks += [] if blocks is None else blocks[0]
+        num_outputs = cached.num_output_tokens[number]
+        del known.outputs[num_outputs:]
+        if self._ahead and num_outputs and name not in self._batch:
+            known.outputs = cached.all_token_ids[name][-num_outputs:]
+        assert len(known.outputs) == num_outputs
+
+    def _row(self, output: SchedulerOutput, name: str, first: int) -> _Row:
+        known = self._known[name]
+        tokens = known.prompt + known.outputs
+        last = first + output.num_scheduled_tokens[name]
+        assert last <= len(tokens)
+        read = tokens[first:last]
+        if name in self._sampled:
+            read[-1] = self._sampled[name]
+        assert -1 not in read, "nobody knows this token"
+        text = continued(known.prompt, first) + read
+        end = last + (last == len(tokens))  # only behind the last known token is one sampled
+        return _Row(name, known.blocks, continued(text, end), first, last)
 
     def _begins_in_spoilt(self, row: _Row) -> bool:
         """A block that is continued has to be right before it is written to."""

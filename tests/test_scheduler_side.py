@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from simulated_vllm import make_request
 
 from kvortex import KVortexConfig
 from kvortex.core import ConfigError, DiskReport, StepReport
@@ -23,13 +24,13 @@ BLOCK = 16
 SLOT_BYTES = 1 << 20
 
 
-def side(*reaches: Reach, **settings: Any) -> SchedulerSide:
+def side(*reaches: Reach, runner: Any = None, **settings: Any) -> SchedulerSide:
     from kvortex.connector.geometry import Geometry
     from kvortex.connector.scheduler_side import SchedulerSide
 
     geometry = Geometry(("a",), reaches or (Reach(),), 4096, BLOCK, SLOT_BYTES, 1)
     config = KVortexConfig(ram_pool_gb=4, **settings)
-    return SchedulerSide(config, geometry)
+    return SchedulerSide(config, geometry, runner=runner)
 
 
 def request(tokens: int, params: dict[str, object] | None = None, number: int = 0) -> Any:
@@ -256,6 +257,140 @@ def test_another_connectors_failed_load_spoils_what_is_under_way() -> None:
     assert keeper.offload.tier.index.resident == 0
     assert keeper._tracked[asked.request_id].considered == 1
     assert pool.evicted == {2, 3, 4, 5, 6}
+
+
+class Runner:
+    """Notes who is handed over in each step; those of which it is not asked are in none."""
+
+    def __init__(self) -> None:
+        self.told: list[list[str]] = []
+
+    def hand_over(self, output: Any, went_back: Any) -> None:
+        self.told.append([one.request.request_id for one in went_back])
+
+
+def test_a_runner_is_told_until_it_has_heard_who_went_back() -> None:
+    runner = Runner()
+    keeper, asked, other = side(runner=runner), request(96), request(96, number=1)
+    keeper.bind_gpu_block_pool(Pool(16))
+    for one, block_ids in ((asked, [1, 2, 3, 4, 5, 6]), (other, [7, 8, 9, 10, 11, 12])):
+        keeper.match(one, 0)
+        allocated(keeper, one, block_ids, 0)
+        planned(keeper, one, 32, 64)
+        one.num_computed_tokens = 96
+    failed: Any = SimpleNamespace(invalid_block_ids={2}, kv_connector_worker_meta=None)
+    keeper.settle(failed)
+    planned(keeper, other, 96, 1)  # there was no room for the other
+    planned(keeper, asked, 16, 80)
+    planned(keeper, asked, 96, 1)
+    assert runner.told == [["r0"], ["r0"]]
+    keeper.settle(failed)
+    keeper.finished(asked)
+    planned(keeper, other, 97, 1)
+    assert runner.told == [["r0"], ["r0"]]
+
+
+def went_back(name: str, block_ids: list[int], outputs: list[int]) -> Any:
+    """One of vLLM's own requests, of twenty tokens, as the scheduler's side has it."""
+    from kvortex.connector.tracked_request import TrackedRequest
+
+    asked = make_request(name, list(range(20)), 8, None)
+    asked.append_output_token_ids(outputs)
+    asked.num_computed_tokens = 16
+    tracked = TrackedRequest.of(asked)
+    tracked.block_ids = [block_ids]
+    return tracked
+
+
+def image(offset: int, length: int) -> Any:
+    from vllm.multimodal.inputs import PlaceholderRange
+
+    return SimpleNamespace(mm_position=PlaceholderRange(offset=offset, length=length), data=None)
+
+
+def scheduled() -> Any:
+    """A step of three requests that were in the step before, too."""
+    from vllm.v1.core.sched.output import CachedRequestData
+
+    cached = CachedRequestData(
+        req_ids=["goes on", "fresh", "begun"],
+        resumed_req_ids=set(),
+        new_token_ids=[],
+        all_token_ids={},
+        new_block_ids=[None, ([9],), None],
+        num_computed_tokens=[24, 16, 16],
+        num_output_tokens=[5, 0, 2],
+    )
+    return SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=cached)
+
+
+def vllm(*, uses_mrope: bool = False, stages: int = 1) -> Any:
+    return SimpleNamespace(
+        model_config=SimpleNamespace(uses_mrope=uses_mrope),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+    )
+
+
+def test_to_the_first_runner_who_went_back_is_resumed() -> None:
+    from kvortex.connector.first_runner import FirstRunner
+
+    output, fresh = scheduled(), went_back("fresh", [1, 2, 9], [])
+    begun, absent = went_back("begun", [3, 4], [70, 71]), went_back("absent", [5], [])
+    FirstRunner(vllm()).hand_over(output, [absent, begun, fresh])
+    expected = scheduled().scheduled_cached_reqs
+    expected.resumed_req_ids = {"fresh", "begun"}
+    expected.all_token_ids = {"fresh": list(range(20)), "begun": [*range(20), 70, 71]}
+    expected.new_block_ids = [None, ([1, 2, 9],), ([3, 4],)]
+    assert output.scheduled_cached_reqs == expected
+    assert output.scheduled_new_reqs == []
+    output.scheduled_cached_reqs.new_block_ids[2][0].append(10)  # as a runner in this process does
+    assert begun.block_ids == [[3, 4]]
+
+
+@pytest.mark.parametrize("why", ["pipeline", "image"])
+def test_who_would_not_do_resumed_is_new_to_the_first_runner(why: str) -> None:
+    from kvortex.connector.first_runner import FirstRunner
+
+    output, fresh = scheduled(), went_back("fresh", [1, 2, 9], [])
+    begun, absent = went_back("begun", [3, 4], [70, 71]), went_back("absent", [5], [])
+    if why == "image":
+        fresh.request.mm_features = [pixels := image(10, 5)]
+    runner = FirstRunner(vllm(stages=1 + (why == "pipeline")))
+    runner.hand_over(output, [absent, begun, fresh])
+    (new,), cached = output.scheduled_new_reqs, output.scheduled_cached_reqs
+    assert why != "image" or new.mm_features == [pixels]
+    assert (new.req_id, new.num_computed_tokens, new.block_ids) == ("fresh", 16, ([1, 2, 9],))
+    assert (new.prompt_token_ids, new.prefill_token_ids) == (list(range(20)), None)
+    assert cached.req_ids == ["goes on", "begun"]
+    assert cached.resumed_req_ids == {"begun"}
+    assert cached.all_token_ids == {"begun": [*range(20), 70, 71]}
+    assert cached.new_block_ids == [None, ([3, 4],)]
+    assert (cached.num_computed_tokens, cached.num_output_tokens) == ([24, 16], [5, 2])
+    new.block_ids[0].append(10)  # as a runner in this process does
+    cached.new_block_ids[1][0].append(10)
+    assert (fresh.block_ids, begun.block_ids) == ([[1, 2, 9]], [[3, 4]])
+
+
+def test_to_the_second_runner_all_who_went_back_are_new() -> None:
+    from kvortex.connector.second_runner import SecondRunner
+
+    output, fresh = scheduled(), went_back("fresh", [1, 2, 9], [])
+    begun = went_back("begun", [3, 4], [70, 71])
+    SecondRunner(vllm(uses_mrope=True)).hand_over(output, [begun, fresh])
+    new = {one.req_id: one for one in output.scheduled_new_reqs}
+    assert new["fresh"].block_ids == ([1, 2, 9],)
+    assert new["fresh"].prefill_token_ids == list(range(20))
+    assert new["begun"].block_ids == ([3, 4],)
+    assert new["begun"].prefill_token_ids == [*range(20), 70, 71]
+    assert output.scheduled_cached_reqs.req_ids == ["goes on"]
+
+
+def test_a_step_without_who_went_back_is_left_as_it_is() -> None:
+    from kvortex.connector.first_runner import FirstRunner
+
+    output = scheduled()
+    FirstRunner(vllm()).hand_over(output, [went_back("absent", [5], [])])
+    assert output == scheduled()
 
 
 def test_a_failed_window_is_told_by_request(monkeypatch: pytest.MonkeyPatch) -> None:

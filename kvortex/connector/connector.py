@@ -24,6 +24,7 @@ except ImportError:
 
 from kvortex.config import ROLE, KVortexConfig
 from kvortex.connector.disk_namespace import bytes_last, keys_last
+from kvortex.connector.first_runner import FirstRunner
 from kvortex.connector.geometry import geometry_of, unsupported
 from kvortex.connector.hooks import hooked_layers
 from kvortex.connector.messages import PlanMessage, ReportMessage
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvortex.connector.host_events import HostEvents
+    from kvortex.connector.model_runner import ModelRunner
     from kvortex.core import StepPlan
 
 logger = logging.getLogger(__name__)
@@ -101,13 +103,11 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             self._warn(reason)
             if self._geometry is not None:
-                second = getattr(vllm_config, "use_v2_model_runner", False)
                 self._scheduler = SchedulerSide(
                     self._config,
                     self._geometry,
                     outlives=self._outlives(vllm_config),
-                    second_runner=SecondRunner(vllm_config) if second else None,
-                    runs_ahead=vllm_config.scheduler_config.async_scheduling and not second,
+                    runner=_runner_to_tell(vllm_config),
                 )
                 told = vllm_config.kv_events_config
                 if told is not None and told.enable_kv_cache_events:
@@ -348,6 +348,14 @@ def _checked_config(extra: dict[str, Any] | None) -> KVortexConfig:
     load_policy(config.eviction_policy, capacity=1)
     load_admission(config.admission, capacity=1)
     return config
+
+
+def _runner_to_tell(vllm_config: VllmConfig) -> ModelRunner | None:
+    """vLLM's model runner, unless that sees for itself which requests went back."""
+    if getattr(vllm_config, "use_v2_model_runner", False):
+        return SecondRunner(vllm_config)
+    ahead = vllm_config.scheduler_config.async_scheduling
+    return FirstRunner(vllm_config) if ahead else None
 
 
 def _require_both_ways(role: str | None) -> None:

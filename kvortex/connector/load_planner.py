@@ -28,7 +28,6 @@ class LoadPlanner:
         geometry: of the KV cache.
         readable: keys of the blocks that can be loaded.
         costs: of loading and of computing.
-        always_apart: every request waits for its load before any of it is computed.
     """
 
     def __init__(
@@ -37,14 +36,12 @@ class LoadPlanner:
         geometry: Geometry,
         readable: Container[BlockKey],
         costs: CostModel,
-        *,
-        always_apart: bool = False,
     ) -> None:
         self.running = 0
         """Requests of the last step and those that came since."""
         self._config = config
         self._reaches = geometry.reaches
-        self._always_apart = always_apart or not geometry.names_failed_blocks
+        self._always_apart = not geometry.names_failed_blocks
         self._block_tokens = geometry.block_tokens
         self._readable = readable
         self._costs = costs

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from kvortex.config import KVortexConfig
     from kvortex.connector.explanation import Explanation
     from kvortex.connector.geometry import Geometry
-    from kvortex.connector.second_runner import SecondRunner
+    from kvortex.connector.model_runner import ModelRunner
     from kvortex.connector.steps_under_way import Row
     from kvortex.core import BlockKey
 
@@ -60,10 +60,7 @@ class SchedulerSide:
         config: of the connector.
         geometry: of the KV cache.
         outlives: whether what is on disk can be found, and is right, after a restart.
-        second_runner: of vLLM, if it has that.
-        runs_ahead: whether vLLM runs a step before it knows what came of the one before. Then a
-            load that turns out to be corrupt is not to have been computed from: what is sampled
-            from it may be no token at all, and vLLM's runners do not go back cleanly.
+        runner: vLLM's, if that has to be told of requests that go back.
 
     Raises:
         ConfigError: a pool without a slot, a policy that is not installed, a trace that cannot be
@@ -76,8 +73,7 @@ class SchedulerSide:
         geometry: Geometry,
         *,
         outlives: bool = True,
-        second_runner: SecondRunner | None = None,
-        runs_ahead: bool = False,
+        runner: ModelRunner | None = None,
     ) -> None:
         ranks = geometry.num_ranks
         host = _tier(config, slots_in_pool(config, geometry.slot_bytes, ranks))
@@ -90,10 +86,7 @@ class SchedulerSide:
         )
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
         self._reaches = geometry.reaches
-        verified_first = runs_ahead and config.verify != "off"
-        self._loads = LoadPlanner(
-            config, geometry, host.readable, self.costs, always_apart=verified_first
-        )
+        self._loads = LoadPlanner(config, geometry, host.readable, self.costs)
         self._prefetcher: Prefetcher | None = None
         self._adapters: Adapters | None = None
         overflow = self.offload.overflow
@@ -109,7 +102,7 @@ class SchedulerSide:
         self._clock = StepClock()
         self._recorder = _open_recorder(config, geometry)
         self._steps = StepsUnderWay(geometry.block_tokens)
-        self._second_runner = second_runner
+        self._runner = runner
         self._store_bytes_per_s: float | None = None
 
     def tell_events(self) -> HostEvents:
@@ -307,10 +300,10 @@ class SchedulerSide:
         self._store_again()
 
     def _tell_runner(self, output: SchedulerOutput) -> None:
-        """Of requests that went back: vLLM's first model runner sees for itself."""
+        """Of requests that went back; one that waits for each step sees for itself."""
         again = [tracked for tracked in self._tracked.values() if tracked.went_back]
-        if again and self._second_runner is not None:
-            self._second_runner.hand_over(output, again)
+        if again and self._runner is not None:
+            self._runner.hand_over(output, again)
         for tracked in again:
             tracked.went_back = tracked.request.request_id not in output.num_scheduled_tokens
 
