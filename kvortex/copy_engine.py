@@ -106,6 +106,11 @@ class CopyEngine(ABC):
             TransferError: nothing is under way, though some bytes may have been written.
         """
 
+    def wrong_layers(self, slot: int, seed: int) -> str:  # noqa: ARG002
+        """Where a slot does not hold what was stored there from this seed, in words, or nothing if
+        that is not known; may be slow."""
+        return ""
+
     @abstractmethod
     def fence(self, ticket: Ticket) -> None:
         """Make the caller's current stream wait for a copy; the host does not wait."""

@@ -203,6 +203,8 @@ class StepReport:
     """How many slots every rank has prepared, told in each report until a rank's pool is ready."""
     disk: DiskReport | None = None
     corrupt: dict[int, frozenset[int]] = field(default_factory=dict)
+    corrupt_layers: str = ""
+    """Where the first block that ever was corrupt on a rank is, in words; told once."""
 
     def merge(self, other: StepReport) -> StepReport:
         """The report of both ranks together."""
@@ -218,6 +220,7 @@ class StepReport:
             _least(self.ready_slots, other.ready_slots),
             self.disk.merge(other.disk) if self.disk and other.disk else self.disk or other.disk,
             _united(self.corrupt, other.corrupt),
+            self.corrupt_layers or other.corrupt_layers,
         )
 
     def __bool__(self) -> bool:

@@ -163,6 +163,34 @@ class CudaCopyEngine(CopyEngine):
         several = (self._parts[i : i + together] for i in range(0, len(self._parts), together))
         return [range(parts[0].start, parts[-1].stop) for parts in several]
 
+    def wrong_layers(self, slot: int, seed: int) -> str:
+        (start,) = self._seeds(np.array([seed]), np.array([slot])).tolist()
+        kept = self.pool.running_checksums[:, slot].tolist()
+        if UNCOUNTED in kept:
+            return ""
+        for part, checksum in zip(self._parts, kept, strict=True):
+            if checksum != self._checksum(slot, part.stop, start):
+                return self._layers_of(part)
+        return "though that slot holds what was stored"
+
+    def _layers_of(self, part: range) -> str:
+        """Those that have runs in a part."""
+        runs = self.layout.page_runs()
+        of_part = [
+            page.name
+            for page, own in zip(self.layout.pages, runs, strict=True)
+            if own.start < part.stop and own.stop > part.start
+        ]
+        first, last = of_part[0], of_part[-1]
+        return f"in layer {first}" if first == last else f"in the layers {first} to {last}"
+
+    def _checksum(self, slot: int, end: int, start: int) -> int:
+        """Of the first `end` runs of a slot, counted slowly by the CPU."""
+        assert self.verification is not None
+        stretches = self.layout.run_table()[:end, 2:].tolist()
+        block, seeds = self.pool.bytes[slot : slot + 1], torch.tensor([start])
+        return int(checksums_reference(block, stretches, self.verification.word, seeds))
+
     def bytes_per_s(self, direction: Direction) -> float | None:
         if direction in self._stopwatches:
             self._stopwatches[direction].read()
@@ -236,17 +264,13 @@ class CudaCopyEngine(CopyEngine):
         """Blocks whose slot does not hold what was stored, found slowly by the CPU."""
         if self.verification is None or not self.verification.on:
             return []
-        wrong = []
-        for block_id, slot, seed in zip(block_ids.tolist(), slots.tolist(), seeds, strict=True):
-            ours = checksums_reference(
-                self.pool.bytes[slot : slot + 1],
-                self.verification.stretches,
-                self.verification.word,
-                torch.tensor([seed]),
-            )
-            if ours.item() != self.pool.checksums[slot].item():
-                wrong.append(block_id)
-        return wrong
+        rows = zip(block_ids.tolist(), slots.tolist(), seeds.tolist(), strict=True)
+        end = self._parts[-1].stop
+        return [
+            block_id
+            for block_id, slot, seed in rows
+            if self._checksum(slot, end, seed) != self.pool.checksums[slot].item()
+        ]
 
     def _before(self) -> Handle:
         """The event behind the current stream's work; for the next submission only."""

@@ -81,6 +81,7 @@ class OffloadScheduler:
         self._lost: list[int] = []
         self._next_job_id = 0
         self._logged: set[str] = set()
+        self._corrupt_layers = ""
 
     @property
     def pending(self) -> bool:
@@ -199,6 +200,7 @@ class OffloadScheduler:
         return done
 
     def _note_bad(self, report: StepReport) -> None:
+        self._corrupt_layers = self._corrupt_layers or report.corrupt_layers
         for job_id in report.failed & self._flights.keys():
             flight = self._flights[job_id]
             flight.bad.update(range(len(flight.blocks)))
@@ -285,7 +287,10 @@ class OffloadScheduler:
         for block in bad:
             self._note_failed(block)
         if flight.bad != flight.corrupt:
-            self._log_once("A load failed; its tokens are computed again and its blocks forgotten.")
+            self._log_once(
+                logging.WARNING,
+                "A load failed; its tokens are computed again and its blocks forgotten.",
+            )
 
     def _quarantine(self, blocks: list[Block]) -> None:
         """What these slots hold is not what was stored, and nothing else is to be."""
@@ -293,20 +298,19 @@ class OffloadScheduler:
         self.tier.quarantine(blocks)
         if self.overflow is not None:
             self.overflow.distrust([block.key for block in blocks])
-        if "corrupt" not in self._logged:
-            self._logged.add("corrupt")
-            first = blocks[0]
-            logger.error(
-                "Block %s came back from host slot %d, where it was brought from %s %.1f s ago, "
-                "with other bytes than were stored, in some of its layers: its tokens are computed "
-                "again, and the slot is not used any more. Test this machine's memory%s. Later "
-                "ones are only counted.",
-                first.key.hex(),
-                first.slot,
-                "disk" if first.from_disk else "the GPU",
-                time.monotonic() - first.since,
-                " and drive" if first.from_disk else "",
-            )
+        first = blocks[0]
+        self._log_once(
+            logging.ERROR,
+            "Block %s came back from host slot %d, where it was brought from %s %.1f s ago, with "
+            "other bytes than were stored, %s: its tokens are computed again, and the slot is not "
+            "used any more. Test this machine's memory%s.",
+            first.key.hex(),
+            first.slot,
+            "disk" if first.from_disk else "the GPU",
+            time.monotonic() - first.since,
+            self._corrupt_layers or "in some of its layers",
+            " and drive" if first.from_disk else "",
+        )
 
     def _end_store(self, flight: Flight) -> None:
         if not flight.failed and not flight.discard:
@@ -322,7 +326,7 @@ class OffloadScheduler:
             self.counters.failed_stores += len(flight.blocks)
             for block in flight.blocks:
                 self._note_failed(block)
-            self._log_once("A store failed; its blocks are not kept.")
+            self._log_once(logging.WARNING, "A store failed; its blocks are not kept.")
         else:
             self.counters.discarded_stores += len(flight.blocks)
 
@@ -332,7 +336,7 @@ class OffloadScheduler:
     def _note_failed(self, block: Block) -> None:
         self._absences.note(block.key, MissReason.FAILED)
 
-    def _log_once(self, message: str) -> None:
+    def _log_once(self, level: int, message: str, *args: object) -> None:
         if message not in self._logged:
             self._logged.add(message)
-            logger.warning("%s Later ones are only counted.", message)
+            logger.log(level, f"{message} Later ones are only counted.", *args)

@@ -77,6 +77,7 @@ class Worker:
         self._finished: dict[int, int] = {}
         self._failed: set[int] = set()
         self._corrupt: dict[int, frozenset[int]] = {}
+        self._corrupt_layers: str | None = None
         self._bad_blocks: set[int] = set()
         self._misled = False
         self._forward_open = False
@@ -155,8 +156,11 @@ class Worker:
             ready_slots,
             self._disk.report() if self._disk is not None else None,
             self._corrupt,
+            self._corrupt_layers or "",
         )
         self._finished, self._failed, self._corrupt = {}, set(), {}
+        if self._corrupt_layers is not None:
+            self._corrupt_layers = ""  # told
         self._layered_loads = self._unwaited_layers = 0
         self._step = None
         return report
@@ -285,7 +289,11 @@ class Worker:
             found = np.isin(job.block_ids, bad)
             if not found.any():
                 continue
-            self._corrupt[job.id] = frozenset(np.flatnonzero(found).tolist())
+            positions = np.flatnonzero(found).tolist()
+            self._corrupt[job.id] = frozenset(positions)
+            if self._corrupt_layers is None:
+                slot, seed = job.slots[positions[0]], _seeds(job)[positions[0]]
+                self._corrupt_layers = self._copy_engine.wrong_layers(int(slot), int(seed))
             self._note_bad(job, job.block_ids[found].tolist(), launch.told)
             if job.request_id is not None:
                 self._failed_requests.add(job.request_id)

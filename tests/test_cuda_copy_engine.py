@@ -214,6 +214,20 @@ def test_layers_are_there_when_their_tickets_say_so(
     engine.close()
 
 
+def test_where_a_slot_is_wrong_can_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate(monkeypatch, SimulatedDriver(0))
+    _, engine = simulated_engine(monkeypatch, CHOICES[0], blocks=BLOCKS, page=PAGE)
+    ids, seeds = np.arange(BLOCKS), np.arange(BLOCKS) * 7
+    assert engine.copy(STORE, ids, ids, seeds).wait()
+    assert engine.wrong_layers(3, 21) == "though that slot holds what was stored"
+    engine.pool.bytes[3, engine.layout.pages[1].slot_offset] ^= 1
+    assert engine.wrong_layers(3, 21) == "in layer b"
+    assert engine.wrong_layers(4, 21) == "in layer a"  # of another key
+    engine.pool.running_checksums[:-1, 3] = UNCOUNTED
+    assert engine.wrong_layers(3, 21) == ""
+    engine.close()
+
+
 def test_blocks_of_which_only_the_whole_is_known_are_loaded_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -233,6 +233,20 @@ def test_corrupt_on_one_rank_is_corrupt() -> None:
     assert flight.discard  # it may have read what the forward computed from wrong bytes
 
 
+def test_the_first_corrupt_block_is_told_with_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    keeper = scheduler()
+    stored(keeper, A, B)
+    for key, where in ((A, "in layer 7"), (B, "")):
+        job = planned_load(keeper, [key], [0])
+        keeper.settle(
+            StepReport({job.id: 1}, corrupt={job.id: frozenset({0})}, corrupt_layers=where)
+        )
+    (told,) = caplog.messages
+    assert A.hex() in told
+    assert "in layer 7" in told
+    assert keeper.counters.corrupt_blocks == 2
+
+
 def test_each_key_starts_its_checksum_elsewhere() -> None:
     keeper = scheduler()
     job = planned_store(keeper, [A, B], [0, 1])
