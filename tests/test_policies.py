@@ -51,10 +51,10 @@ def drain(policy: EvictionPolicy) -> list[bytes]:
 
 @pytest.mark.parametrize("name", policy_names())
 @pytest.mark.fuzz
-@given(steps=STEPS)
+@given(capacity=st.sampled_from([8, 200]), steps=STEPS)
 @budget(30)
-def test_contract(name: str, steps: list[Step]) -> None:
-    policy = load_policy(name, 8)
+def test_contract(name: str, capacity: int, steps: list[Step]) -> None:
+    policy = load_policy(name, capacity)
     resident: set[bytes] = set()
     for verb, number, pinned_numbers in steps:
         key, pinned = bytes([number]), {bytes([n]) for n in pinned_numbers}
@@ -298,6 +298,18 @@ def test_s3fifo_lets_what_is_seen_once_pass() -> None:
     assert [policy.evict(none_pinned) for _ in range(3)] == [bytes([n]) for n in range(3)]
     policy.insert(bytes([0]))  # a ghost: straight to the main queue
     assert drain(policy)[-2:] == [b"used", bytes([0])]
+
+
+def test_s3fifo_lets_go_of_what_just_moved_on() -> None:
+    """All that is in the small queue goes on to the main one, of which the rest is pinned."""
+    policy = load_policy("s3fifo", 20)
+    policy.insert(b"pinned")
+    assert policy.evict(none_pinned) == b"pinned"
+    policy.insert(b"pinned")  # a ghost: in the main queue
+    policy.insert(b"used")
+    policy.hit(b"used")
+    policy.hit(b"used")
+    assert policy.evict(lambda key: key == b"pinned") == b"used"
 
 
 @pytest.mark.fuzz
