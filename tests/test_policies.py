@@ -481,6 +481,7 @@ def about(distance: int) -> object:
     return pytest.approx(distance, rel=0.1)
 
 
+@pytest.mark.fuzz
 @given(distances=st.lists(st.sampled_from([1, 8, 64, 512]), min_size=16, max_size=16))
 @budget(20)
 def test_reuse_distance_is_the_median_of_sixteen_returns(distances: list[int]) -> None:
