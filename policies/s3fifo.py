@@ -43,11 +43,12 @@ class S3FIFO(EvictionPolicy):
         queue[key] = min(MOST_USES, queue[key] + 1)
 
     def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:
-        small_first = len(self._small) >= self._small_size or not self._main
-        victim = self._from_small(pinned) if small_first else self._from_main(pinned)
-        if victim is None:
-            victim = self._from_main(pinned) if small_first else self._from_small(pinned)
-        return victim
+        if len(self._small) < self._small_size:
+            victim = self._from_main(pinned)
+            if victim is not None:
+                return victim
+        victim = self._from_small(pinned)
+        return self._from_main(pinned) if victim is None else victim
 
     def remove(self, key: bytes) -> None:
         del (self._small if key in self._small else self._main)[key]

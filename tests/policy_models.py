@@ -154,9 +154,10 @@ class S3FIFOModel(Model):
         self.uses[key] = min(3, self.uses[key] + 1)
 
     def evict(self, pinned: Set[bytes]) -> bytes | None:
-        small_first = len(self.keys("small")) >= self.small_size or not self.keys("main")
-        turns = [self.from_small, self.from_main]
-        for turn in turns if small_first else reversed(turns):
+        turns = [self.from_small, self.from_main]  # the second has what the first moves on
+        if len(self.keys("small")) < self.small_size:
+            turns.insert(0, self.from_main)
+        for turn in turns:
             victim = turn(pinned)
             if victim is not None:
                 return victim

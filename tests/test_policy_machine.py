@@ -19,6 +19,8 @@ from policy_models import MODELS, Model
 from kvortex.plugins import load_policy
 
 NUMBERS = st.integers(0, 11)
+LARGE = 39
+"""A capacity of which a tenth is more than one block, and not whole."""
 
 
 class PolicyMachine(RuleBasedStateMachine):
@@ -26,7 +28,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
     name: ClassVar[str]
 
-    @initialize(capacity=st.integers(1, 6))
+    @initialize(capacity=st.integers(1, 6) | st.just(LARGE))
     def start(self, capacity: int) -> None:
         self.policy = load_policy(self.name, capacity)
         self.model: Model = MODELS[self.name](capacity)

@@ -8,7 +8,7 @@ from kvortex.policies import LRU, AdmissionFilter, Place
 from kvortex.tiers import HostTier
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvortex.block import Block
     from kvortex.index import Index
@@ -117,6 +117,16 @@ def test_pinned_is_never_a_victim_until_the_last_unpin() -> None:
     assert host.reserve([B]) == []
     host.unpin(blocks)
     assert [block.key for block in host.reserve([B])] == [B]
+
+
+def test_to_be_pinned_is_no_use() -> None:
+    host = tier(3)
+    pinned, *_ = stored(host, A, B, C)
+    host.pin([pinned])
+    host.reserve([D])
+    host.unpin([pinned])
+    host.reserve([b"e"])
+    assert readable(host) == [C]
 
 
 def test_second_store_of_a_key_replaces_the_first() -> None:
@@ -267,6 +277,33 @@ def test_the_filter_hears_of_uses_and_places() -> None:
     host.touch([A, C])
     host.admits(B, Place(3, 5))
     assert listener.told == [(A, None), (B, Place(3, 5))]
+
+
+def test_the_policy_hears_what_comes_before_it_makes_room() -> None:
+    told = list[tuple[str, bytes | None]]()
+
+    class Listener(LRU):
+        def expect(self, key: bytes) -> None:
+            told.append(("expect", key))
+
+        def evict(self, pinned: Callable[[bytes], bool]) -> bytes | None:
+            victim = super().evict(pinned)
+            told.append(("evict", victim))
+            return victim
+
+    stored(HostTier(1, Listener(1)), A, B)
+    assert told == [("expect", A), ("expect", B), ("evict", A)]
+
+
+def test_nobody_gets_a_slot_whose_bytes_changed() -> None:
+    host = tier(2)
+    changed = stored(host, A)
+    host.pin(changed)
+    host.quarantine(changed)
+    assert readable(host) == []
+    host.unpin(changed)
+    (block,) = host.reserve([B, C])
+    assert block.slot != changed[0].slot
 
 
 def test_clear_spares_what_arrives() -> None:
