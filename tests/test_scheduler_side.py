@@ -219,6 +219,42 @@ def planned(keeper: SchedulerSide, asked: Any, before: int, tokens: int) -> list
     return [block for job in keeper.plan(step).stores for block in job.block_ids.tolist()]
 
 
+def test_where_nothing_runs_who_is_loaded_goes_first() -> None:
+    """vLLM 0.26 finds no room for another that stands before it, and looks no further."""
+    loaded, other = request(160), request(320, number=1)
+    keeper = filled(side(), loaded)
+    keeper.costs.load_bytes_per_s = 1e6
+    keeper.costs.prefill_tokens_per_s = 1e-3
+    keeper._loads.running = 1
+    assert keeper.match(loaded, 0) == (144, True)
+    allocated(keeper, loaded, list(range(10)), 144)
+    (job,) = keeper.offload._flights.values()
+    keeper._loads.running = 0
+    assert keeper.match(other, 0) == (0, False)  # while the load is under way it may run
+    keeper.settle(told(StepReport({job.job.id: 1})))
+    assert keeper.match(other, 0) == (None, False)
+    keeper._loads.running = 1
+    assert keeper.match(other, 0) == (0, False)
+    keeper._loads.running = 0
+    assert keeper.match(loaded, 0)[0] is not None  # to be asked again is its turn
+    assert keeper.match(other, 0) == (0, False)
+
+
+@pytest.mark.parametrize("ends", ["runs", "finished"])
+def test_nobody_gives_way_to_who_runs_or_is_gone(ends: str) -> None:
+    loaded, other = request(160), request(320, number=1)
+    keeper = filled(side(), loaded)
+    keeper._track(loaded)
+    keeper._loaded = {loaded.request_id}
+    assert keeper.match(other, 0) == (None, False)
+    if ends == "runs":
+        planned(keeper, loaded, 144, 16)
+        keeper._loads.running = 0
+    else:
+        keeper.finished(loaded)
+    assert keeper.match(other, 0) == (0, False)
+
+
 def test_blocks_behind_a_window_belong_to_others() -> None:
     """vLLM does not say that it took them; a failed load has every block considered again."""
     keeper, asked = side(Reach(window=32)), request(96)

@@ -103,6 +103,8 @@ class SchedulerSide:
         self._recorder = _open_recorder(config, geometry)
         self._steps = StepsUnderWay(geometry.block_tokens)
         self._runner = runner
+        self._loaded: set[str] = set()
+        """Requests that waited apart for their load, which has ended, and did not run since."""
         self._store_bytes_per_s: float | None = None
 
     def tell_events(self) -> HostEvents:
@@ -158,6 +160,8 @@ class SchedulerSide:
         Whole blocks, and one token is left to compute. None: to be asked again in a later step,
         while blocks come from disk. vLLM may ask more than once anyway.
         """
+        if self._gives_way(request):
+            return None, False
         if request.skip_reading_prefix_cache or num_computed_tokens % self._block_tokens:
             return 0, False
         tracked = self._track(request)
@@ -199,6 +203,7 @@ class SchedulerSide:
             ]
         )
         self._drop_preempted(output)
+        self._loaded -= output.num_scheduled_tokens.keys()
         num_tokens = output.total_num_scheduled_tokens
         self._loads.running = len(output.num_scheduled_tokens)
         awaited = self._loads.take_awaited()
@@ -214,6 +219,7 @@ class SchedulerSide:
 
         Returns what became of its prompt, if its client asked for that.
         """
+        self._loaded.discard(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         self._end_fetch(request.request_id)
         if tracked is not None and request.status.name != FAILED_STATUS:
@@ -241,6 +247,8 @@ class SchedulerSide:
                 self._release(flight.job.id)
                 continue
             self._loads.ended(flight.job)
+            if flight.job.request_id in self._tracked:
+                self._loaded.add(flight.job.request_id)
             if flight.failed:
                 lost = round(self._loads.tokens(len(flight.blocks) - min(flight.bad)))
                 self.offload.counters.miss(MissReason.FAILED, lost)
@@ -298,6 +306,15 @@ class SchedulerSide:
             if wrong:
                 tracked.compute_again(min(wrong) * self._block_tokens)
         self._store_again()
+
+    def _gives_way(self, request: Request) -> bool:
+        """Whether others, which hold their blocks already, are to be looked at first.
+
+        vLLM 0.26 looks no further once a request finds no room. Where nothing runs and those that
+        were loaded stand behind it, no room would ever be made.
+        """
+        self._loaded.discard(request.request_id)
+        return bool(self._loaded) and self._loads.running == 0
 
     def _tell_runner(self, output: SchedulerOutput) -> None:
         """Of requests that went back; one that waits for each step sees for itself."""
