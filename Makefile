@@ -51,9 +51,8 @@ fuzz: .venv/ready
 
 coverage: .venv/ready
 	$(BIN)/coverage erase
-	$(BIN)/coverage run $(BIN)/pytest $(ARGS)
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	status=0; $(BIN)/coverage run $(BIN)/pytest $(ARGS) || status=$$?; \
+		$(BIN)/coverage combine --quiet && $(BIN)/coverage report; exit $$status
 
 # Which small mistakes in index, tiers and policies no test would notice: ARGS="kvortex.tiers*".
 mutants: .venv/ready

@@ -345,6 +345,7 @@ def test_many_blocks_are_finished_too(place: torch.device) -> None:
     assert torch.equal(sums.checksums[0, ids[:, 1]], expected)
 
 
+@pytest.mark.fuzz
 @given(data=st.data())
 def test_two_different_blocks_differ(data: st.DataObject) -> None:
     """Of the reference, which the kernel equals: any edit of few words, wherever they are."""

@@ -407,6 +407,22 @@ def test_who_would_not_do_resumed_is_new_to_the_first_runner(why: str) -> None:
     assert (fresh.block_ids, begun.block_ids) == ([[1, 2, 9]], [[3, 4]])
 
 
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("images", [False, True])
+def test_a_runner_that_sees_for_itself_is_told_nothing(
+    *, second: bool, ahead: bool, images: bool
+) -> None:
+    from kvortex.connector.connector import _runner_to_tell
+
+    config = vllm()
+    config.use_v2_model_runner = second
+    config.scheduler_config = SimpleNamespace(async_scheduling=ahead)
+    config.model_config.is_multimodal_model = images
+    told = type(_runner_to_tell(config)).__name__
+    assert told == ("SecondRunner" if second else "FirstRunner" if ahead or images else "NoneType")
+
+
 def test_to_the_second_runner_all_who_went_back_are_new() -> None:
     from kvortex.connector.second_runner import SecondRunner
 

@@ -237,6 +237,7 @@ def test_turns_are_of_the_ways_they_name(mode: Verify) -> None:
         assert {turns.next(way) for _ in range(ONE_IN + 1)} == turns.ways(way)
 
 
+@pytest.mark.fuzz
 @given(
     block=st.binary(min_size=1, max_size=300),
     seed=st.integers(-(1 << 63), (1 << 63) - 1),

@@ -355,7 +355,8 @@ def _runner_to_tell(vllm_config: VllmConfig) -> ModelRunner | None:
     if getattr(vllm_config, "use_v2_model_runner", False):
         return SecondRunner(vllm_config)
     ahead = vllm_config.scheduler_config.async_scheduling
-    return FirstRunner(vllm_config) if ahead else None
+    lacks_images = vllm_config.model_config.is_multimodal_model  # of what was to be loaded
+    return FirstRunner(vllm_config) if ahead or lacks_images else None
 
 
 def _require_both_ways(role: str | None) -> None:
