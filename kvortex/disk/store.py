@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, Self
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from kvortex.core import BlockKey
     from kvortex.disk.format import Namespace, Survivors
+    from kvortex.disk.lane import Answers
     from kvortex.disk.slots import OpenFile
     from kvortex.host_pool import HostPool
     from kvortex.spsc import Records
@@ -129,6 +131,7 @@ class DiskStore:
         self.counters.stale_blocks = len(found.stale)
         self._unerased.update(found.stale.tolist())
         self._generation = 1 + int(max(found.generations, default=0))
+        self._answers: Answers = deque()
         self._answered = Bell()
         self._closing = Event()
         moves = Moves(
@@ -283,7 +286,7 @@ class DiskStore:
         self, name: str, count: int, work: Callable[[list[int]], Status]
     ) -> list[Lane]:
         return [
-            Lane(f"{name}-{number}", ROW, work, self._answered, self._closing)
+            Lane(f"{name}-{number}", ROW, work, self._answers, self._answered, self._closing)
             for number in range(count)
         ]
 
@@ -329,20 +332,21 @@ class DiskStore:
         return lane.push(np.array([(what, position, 0, 1, until)], np.int64)) == 1
 
     def _take_answers(self) -> None:
-        for lane in self._lanes:
-            for row in lane.answers() if lane.under_way else ():
-                self._settle(*row)
+        for _ in range(len(self._answers)):
+            lane, row, status = self._answers.popleft()
+            lane.under_way -= 1
+            self._settle(row[0], row[1], status)
 
-    def _settle(self, job_id: int, position: int, _part: int, _parts: int, status: int) -> None:
+    def _settle(self, job_id: int, position: int, status: Status) -> None:
         """Take in a lane's answer."""
         if job_id < 0:
-            self._settle_order(job_id, position, well=status == Status.DONE)
+            self._settle_order(job_id, position, well=status is Status.DONE)
             return
         job = self._jobs.get(job_id)
         if job is None:  # given up when the store closed over a drive that did not answer
             return
-        self._judge(self._reading if job.reads else self._writing, Status(status), job.reason)
-        job.end(position, Status(status))
+        self._judge(self._reading if job.reads else self._writing, status, job.reason)
+        job.end(position, status)
         self._finish_if_ended(job)
 
     def _settle_order(self, what: int, position: int, *, well: bool) -> None:
