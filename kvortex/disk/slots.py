@@ -27,7 +27,7 @@ from kvortex.disk.format import (
     RECORD_BYTES,
     Record,
     RecordFormat,
-    peek,
+    checksum_in,
     stride,
 )
 
@@ -142,9 +142,9 @@ class SlotFiles:
             raise OSError(errno.EIO, "its files were cut off")
         self._files = files
 
-    def record(self, slot: int) -> Record | None:
-        """Whose bytes a slot holds."""
-        return peek(self._table, slot)
+    def checksum(self, slot: int, key: BlockKey) -> int | None:
+        """Of the bytes of a key that a slot holds; None if it does not."""
+        return checksum_in(self._table, slot, key)
 
     def write(
         self, slot: int, key: BlockKey, generation: int, block: memoryview, checksum: int
