@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from kvortex.disk.checksums import Checksums
     from kvortex.disk.job import DiskJob
+    from kvortex.disk.lane import Row, Work
     from kvortex.disk.slots import SlotFiles
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ needed."""
 
 
 class Moves:
-    """What lanes do with a row: job, position, part, parts, and microseconds of the clock.
+    """What lanes do with a row: job, position, part, parts, and the second at which a block may be
+    written, or until which it is worth reading.
 
     Args:
         files: of the disk slots.
@@ -58,11 +60,11 @@ class Moves:
         self._renew = renew
         self._host_slots = len(memory) // files.slot_bytes
 
-    def write(self, row: list[int]) -> Status:
+    def write(self, row: Row) -> Status:
         """Write a block when its time has come, or erase a slot."""
         return self._guarded(self._carry_out if row[0] < 0 else self._write, row)
 
-    def read(self, row: list[int]) -> Status:
+    def read(self, row: Row) -> Status:
         """Read a part of a block unless that is too late; the last part to end checks the whole."""
         job_id, position, part, parts, _deadline = row
         if job_id < 0:
@@ -76,7 +78,7 @@ class Moves:
             return self._checked(job, position)
         return status
 
-    def _guarded(self, move: Callable[[list[int]], Status], row: list[int]) -> Status:
+    def _guarded(self, move: Work, row: Row) -> Status:
         """An I/O thread outlives whatever happens in it."""
         try:
             return move(row)
@@ -90,7 +92,7 @@ class Moves:
             job.reason = reason
         return Status.ERROR
 
-    def _carry_out(self, row: list[int]) -> Status:
+    def _carry_out(self, row: Row) -> Status:
         """An order that belongs to no job."""
         what, position, _part, _parts, deadline = row
         if what == ERASE:
@@ -100,19 +102,19 @@ class Moves:
         else:
             self._renew()
             self._files.try_out(writes=bool(position))
-            if microseconds(time.monotonic()) > deadline:
+            if time.monotonic() > deadline:
                 return Status.LATE
         return Status.DONE
 
-    def _write(self, row: list[int]) -> Status:
+    def _write(self, row: Row) -> Status:
         job_id, position, _part, _parts, start = row
         job = self._jobs[job_id]
         if not self._exists(job, position):
             return Status.REFUSED
-        now = microseconds(time.monotonic())
-        if now > start + microseconds(WRITE_PATIENCE_S):
+        now = time.monotonic()
+        if now > start + WRITE_PATIENCE_S:
             return Status.LATE
-        if now < start and self._closing.wait((start - now) / 1e6):
+        if now < start and self._closing.wait(start - now):
             return Status.REFUSED
         block = self._host_block(job, position)
         self._files.write(
@@ -124,12 +126,12 @@ class Moves:
         )
         return Status.DONE
 
-    def _read_part(self, row: list[int]) -> Status:
+    def _read_part(self, row: Row) -> Status:
         job_id, position, part, parts, deadline = row
         job = self._jobs[job_id]
         if not self._exists(job, position):
             return Status.REFUSED
-        if microseconds(time.monotonic()) > deadline:
+        if time.monotonic() > deadline:
             return Status.LATE
         slot, digests = job.disk_slots[position], job.reads[position].digests
         if self._files.checksum(slot, job.keys[position]) is None:
@@ -159,8 +161,3 @@ class Moves:
         size = self._files.slot_bytes
         start = job.host_slots[position] * size
         return self._memory[start : start + size]
-
-
-def microseconds(seconds: float) -> int:
-    """As a number for a ring."""
-    return int(seconds * 1e6)
