@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class BlockRead(NamedTuple):
-    """One block's read, of which several lanes may read a part each."""
+    """One block's read, of which several threads may read a part each."""
 
     digests: Digests
     ended: Iterator[int]
