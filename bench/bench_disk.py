@@ -194,7 +194,7 @@ def bare_cpu(setup: Setup, verb: str, *, hashes: bool) -> float:
 def latency(setup: Setup, samples: int) -> list[dict[str, Any]]:
     """Of one block, by a bare read and by the store in turns, of slots drawn anew.
 
-    Where the CPU compares, the store reads it in one part or in several, by as many lanes.
+    Where the CPU compares, the store reads it in one part or in several, by as many threads.
     """
     draw, size, keys = random.Random(0), setup.pool.slot_bytes, setup.keys
     memory = setup.pool.bytes.view(-1).numpy().data

@@ -1,4 +1,4 @@
-"""Bell: what one thread sleeps on until others have something for it."""
+"""Bell: what threads sleep on until others have something for one of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ class Bell:
     """Remembers one ring; more, while nobody listened, are the same.
 
     A bare lock, taken while nobody rang: to ring costs a tenth of a microsecond, where an Event
-    takes a lock and a list of waiters, and whoever waits has given up the GIL. One thread waits.
+    takes a lock and a list of waiters, and whoever waits has given up the GIL. Of several threads
+    that wait it wakes one.
     """
 
     def __init__(self) -> None:
@@ -18,7 +19,7 @@ class Bell:
         self._silence.acquire()
 
     def ring(self) -> None:
-        """Wake the thread that waits, or have its next wait return at once."""
+        """Wake a thread that waits, or have the next wait return at once."""
         if self._silence.locked():  # to meet the error costs more than to ask
             with contextlib.suppress(RuntimeError):  # another thread was faster
                 self._silence.release()

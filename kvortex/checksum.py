@@ -6,17 +6,15 @@ On a GPU the kernel that moves the block sums it up instead (`triton_kernels.pag
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
-import numpy as np
 from xxhash import xxh3_64_intdigest
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from kvortex.core import BlockKey
 
-    Digests = npt.NDArray[np.uint64]
+    Digests = list[int]
 
 PIECE_BYTES = 512 << 10
 WORD = 1 << 64
@@ -37,7 +35,7 @@ def checksum_of(block: memoryview, seed: int = 0) -> int:
         block: its bytes.
         seed: of 64 bits, signed or not.
     """
-    digests = np.zeros(num_pieces(len(block)), np.uint64)
+    digests = [0] * num_pieces(len(block))
     digest_pieces(block, digests, 0, len(digests))
     return combine(digests, seed)
 
@@ -56,7 +54,7 @@ def digest_pieces(block: memoryview, digests: Digests, first: int, end: int) -> 
 
 def combine(digests: Digests, seed: int = 0) -> int:
     """The checksum of a block, without a sign, from the digests of all of its pieces."""
-    return xxh3_64_intdigest(digests.tobytes(), seed % WORD)
+    return xxh3_64_intdigest(struct.pack(f"<{len(digests)}Q", *digests), seed % WORD)
 
 
 def signed(number: int) -> int:

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from disks import (
@@ -150,6 +150,54 @@ def test_a_slot_that_is_written_again_holds_the_new_bytes(tmp_path: Path) -> Non
         written(store, pool, {b"other": 5})
         assert read(store, pool, [b"other", KEYS[1]], [5, 5]) == [block_bytes(b"other"), None]
         assert store.counters.stale_blocks == 1
+
+
+class Logged(DiskFile):
+    """Notes which file each write is to; may tear the records that it is given."""
+
+    log: ClassVar[list[str]] = []
+    tears = False
+
+    def write(self, memory: memoryview | bytes, offset: int) -> None:
+        self.log.append(self.name)
+        if self.tears and self.name == "records" and any(memory):
+            super().write(memory[:64], offset)
+            raise OSError(errno.EIO, "torn")
+        super().write(memory, offset)
+
+
+def test_what_may_be_the_record_of_a_slot_is_away_before_its_bytes_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def writes(slot: int) -> list[str]:
+        """That it takes to write one block."""
+        Logged.log.clear()
+        written(store, pool, {b"key %d" % slot: slot})
+        return Logged.log.copy()
+
+    first, again = ["slots", "records"], ["records", "slots", "records"]
+    with opened(tmp_path, open_file=Logged) as (store, pool):
+        assert [writes(slot) for slot in (0, 0, 1, 1, 2)] == [first, again, first, again, first]
+        store.erase([1])
+        while store._erasing:
+            store.wait(0.01)
+            store.poll()
+        assert [writes(slot) for slot in (1, 1)] == [first, again]
+        monkeypatch.setattr(Logged, "tears", True)
+        assert writes(3) == first
+        monkeypatch.setattr(Logged, "tears", False)
+        assert writes(3) == again
+        store.clear()  # from memory at once, from the disk later
+        assert writes(0)[-3:] == again
+    (records,) = tmp_path.glob("*/rank-0/records")
+    with records.open("r+b") as file:
+        file.seek(2 * 128)
+        file.write(b"no record")
+    with opened(tmp_path, open_file=Logged) as (store, pool):
+        assert [writes(slot) for slot in (2, 4)] == [again, first]
+        store._files.let_go()
+        store._files.reopen(store._cache._folder.fd)  # where others may have written meanwhile
+        assert writes(5) == again
 
 
 def test_of_two_slots_with_one_key_the_newer_survives(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_turns_are_of_the_ways_they_name(mode: Verify) -> None:
 def test_a_checksum_in_parts_is_that_of_the_whole(block: bytes, seed: int, cuts: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvortex.checksum.PIECE_BYTES", 64)
-        digests = np.zeros(num_pieces(len(block)), np.uint64)
+        digests = [0] * num_pieces(len(block))
         edges = sorted({0, len(digests), *(cut for cut in cuts if cut < len(digests))})
         for first, end in reversed(list(pairwise(edges))):
             digest_pieces(memoryview(block), digests, first, end)

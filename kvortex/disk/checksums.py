@@ -11,7 +11,6 @@ from kvortex.host_pool import UNCOUNTED
 if TYPE_CHECKING:
     from kvortex.checksum import Digests
     from kvortex.core import BlockKey
-    from kvortex.disk.format import Record
     from kvortex.host_pool import HostPool
     from kvortex.verification import Verification
 
@@ -42,7 +41,8 @@ class Checksums:
         self.compares = not self.scheme.word
         """Whether bytes are compared as they come; else they are when they are loaded."""
         on = verification is not None and verification.on
-        self._beside = pool.checksums.numpy() if on else None
+        # A memoryview: of single numbers it costs a third of numpy.
+        self._beside = pool.checksums.numpy().data if on else None
         self._of_parts = pool.running_checksums[:-1].numpy()
 
     def of(self, host_slot: int, block: memoryview) -> int:
@@ -56,11 +56,12 @@ class Checksums:
         if self.compares:
             digest_pieces(block, digests, first, end)
 
-    def arrive(self, key: BlockKey, record: Record, digests: Digests, host_slot: int) -> bool:
-        """A whole block has come; whether its bytes are right, as far as is known here."""
-        if self.compares and combine(digests, self.scheme.seed(key)) != record.checksum:
+    def arrive(self, key: BlockKey, checksum: int, digests: Digests, host_slot: int) -> bool:
+        """A whole block has come that should have this checksum; whether its bytes are right, as
+        far as is known here."""
+        if self.compares and combine(digests, self.scheme.seed(key)) != checksum:
             return False
         if self._beside is not None:
-            self._beside[host_slot] = signed(record.checksum)
+            self._beside[host_slot] = signed(checksum)
             self._of_parts[:, host_slot] = UNCOUNTED
         return True

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -16,9 +14,8 @@ if TYPE_CHECKING:
     from kvortex.disk.slots import Status
 
 
-@dataclass(frozen=True, slots=True)
-class BlockRead:
-    """One block's read, of which several lanes may read a part each."""
+class BlockRead(NamedTuple):
+    """One block's read, of which several threads may read a part each."""
 
     digests: Digests
     ended: Iterator[int]
@@ -29,7 +26,7 @@ class BlockRead:
     @classmethod
     def of(cls, pieces: int) -> BlockRead:
         """A read that nobody began."""
-        return cls(np.zeros(pieces, np.uint64), itertools.count(1), [])
+        return cls([0] * pieces, itertools.count(1), [])
 
 
 @dataclass(slots=True, eq=False)

@@ -1,85 +1,99 @@
-"""Lane: an I/O thread, with a ring of what it shall do and one of what it has done."""
+"""Lane: a queue of what shall be done on the drive, and the I/O threads that work through it."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from threading import Thread
 from typing import TYPE_CHECKING
 
 from kvortex.bell import Bell
-from kvortex.spsc import SpscRing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from threading import Event
 
-    from kvortex.spsc import Records
+    from kvortex.disk.slots import Status
+
+    Row = tuple[int, int, int, int, float]
+    """Job, position, part, parts, and a second of the clock; see Moves."""
+    Work = Callable[[Row], Status]
+    Answers = deque[tuple["Lane", Row, Status]]
 
 WAITING = 4096
-"""Rows that may be under way in one lane."""
+"""Rows that may be under way for each thread."""
 
 
 class Lane:
-    """Works through rows of numbers in order, one at a time, and answers each with a status.
+    """Has rows worked through in order by whichever thread is free, and answers each with a status.
 
-    All but the work itself is called by one thread, which never waits here.
+    All but the work itself is called by one thread, which never waits here. It counts an answer off
+    `under_way` when it takes it. A deque needs no lock, neither where rows are taken nor where
+    answers of several lanes meet.
 
     Args:
-        name: of the thread.
-        width: numbers in a row; the first `width - 1` of an answer are those of the row, the last
-            is the status.
-        work: called in the thread; takes a row, returns its status and raises nothing.
+        name: of the threads.
+        threads: how many; with one, rows are also ended in order.
+        work: called in a thread; takes a row, returns its status and raises nothing.
+        answers: gets lane, row and status.
         answered: rung after each answer.
-        closing: set, ends the thread after the row it works on; `wake` it then.
+        closing: set, ends each thread after the row it works on; `wake` them then.
     """
 
     def __init__(
         self,
         name: str,
-        width: int,
-        work: Callable[[list[int]], int],
+        threads: int,
+        work: Work,
+        answers: Answers,
         answered: Bell,
         closing: Event,
     ) -> None:
         self.under_way = 0
-        self._todo = SpscRing(WAITING, width)
-        self._done = SpscRing(WAITING, width)
+        self._todo: deque[Row] = deque()
         self._work = work
         self._called = Bell()
+        self._answers = answers
         self._answered = answered
         self._closing = closing
-        self._thread = Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._threads = [
+            Thread(target=self._run, name=f"{name}-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def push(self, rows: Records) -> int:
-        """Hand over leading rows while there is room, also for the answers; returns how many."""
-        count = self._todo.push(rows[: WAITING - self.under_way])
+    def push(self, rows: Sequence[Row]) -> int:
+        """Hand over leading rows while there is room; returns how many."""
+        count = min(len(rows), WAITING * len(self._threads) - self.under_way)
+        self._todo.extend(rows[:count])
         self.under_way += count
         if count:
             self._called.ring()
         return count
 
-    def answers(self) -> list[list[int]]:
-        """Rows that were worked on since the last call, the last number of each replaced."""
-        if not self.under_way or not len(self._done):  # a step asks all lanes
-            return []
-        rows: list[list[int]] = self._done.pop(WAITING).tolist()
-        self.under_way -= len(rows)
-        return rows
-
     def wake(self) -> None:
-        """Have the thread look what it shall do."""
+        """Have the threads look what they shall do."""
         self._called.ring()
 
     def join(self, timeout: float) -> bool:
-        """Wait for the thread, after `closing` was set; returns whether it ended."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        """Wait for the threads, after `closing` was set; returns whether all ended."""
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
+        """Each thread that finds more than it can do wakes the next one."""
         while not self._closing.is_set():
             self._called.wait()
-            while len(self._todo) and not self._closing.is_set():
-                row = self._todo.pop(1)
-                row[0, -1] = self._work(row[0].tolist())
-                self._done.push(row)
+            while self._todo and not self._closing.is_set():
+                try:
+                    row = self._todo.popleft()
+                except IndexError:
+                    break  # another thread was faster
+                if self._todo:
+                    self._called.ring()
+                self._answers.append((self, row, self._work(row)))
                 self._answered.ring()
+        self._called.ring()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from kvortex.disk.checksums import Checksums
     from kvortex.disk.job import DiskJob
+    from kvortex.disk.lane import Row, Work
     from kvortex.disk.slots import SlotFiles
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ needed."""
 
 
 class Moves:
-    """What lanes do with a row: job, position, part, parts, and microseconds of the clock.
+    """What lanes do with a row: job, position, part, parts, and the second at which a block may be
+    written, or until which it is worth reading.
 
     Args:
         files: of the disk slots.
@@ -56,42 +58,43 @@ class Moves:
         self._jobs = jobs
         self._closing = closing
         self._renew = renew
+        self._host_slots = len(memory) // files.slot_bytes
 
-    def write(self, row: list[int]) -> Status:
+    def write(self, row: Row) -> Status:
         """Write a block when its time has come, or erase a slot."""
-        job_id, position, _part, _parts, start = row
-        if job_id < 0:
-            return _guarded(None, lambda: self._carry_out(job_id, position, start))
-        job = self._jobs[job_id]
-        if not self._exists(job, position):
-            return Status.REFUSED
-        now = microseconds(time.monotonic())
-        if now > start + microseconds(WRITE_PATIENCE_S):
-            return Status.LATE
-        if now < start and self._closing.wait((start - now) / 1e6):
-            return Status.REFUSED
-        return _guarded(job, lambda: self._write(job, position))
+        return self._guarded(self._carry_out if row[0] < 0 else self._write, row)
 
-    def read(self, row: list[int]) -> Status:
+    def read(self, row: Row) -> Status:
         """Read a part of a block unless that is too late; the last part to end checks the whole."""
-        job_id, position, part, parts, deadline = row
+        job_id, position, part, parts, _deadline = row
         if job_id < 0:
-            return _guarded(None, lambda: self._carry_out(job_id, position, deadline))
+            return self._guarded(self._carry_out, row)
         job = self._jobs[job_id]
         block = job.reads[position]
-        status = Status.LATE
-        if not self._exists(job, position):
-            status = Status.REFUSED
-        elif microseconds(time.monotonic()) <= deadline:
-            status = _guarded(job, lambda: self._read_part(job, position, part, parts))
+        status = self._guarded(self._read_part, row)
         if status is not Status.DONE:
             block.broken.append(part)
         if next(block.ended) == parts and not block.broken:
             return self._checked(job, position)
         return status
 
-    def _carry_out(self, what: int, position: int, deadline: int) -> Status:
+    def _guarded(self, move: Work, row: Row) -> Status:
+        """An I/O thread outlives whatever happens in it."""
+        try:
+            return move(row)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        except Exception as error:
+            logger.exception("Disk cache: a block could not be moved.")
+            reason = repr(error)
+        job = self._jobs.get(row[0])  # none: an order, or given up when the store closed
+        if job is not None:
+            job.reason = reason
+        return Status.ERROR
+
+    def _carry_out(self, row: Row) -> Status:
         """An order that belongs to no job."""
+        what, position, _part, _parts, deadline = row
         if what == ERASE:
             self._files.erase(position)
         elif what == WIPE:
@@ -99,11 +102,20 @@ class Moves:
         else:
             self._renew()
             self._files.try_out(writes=bool(position))
-            if microseconds(time.monotonic()) > deadline:
+            if time.monotonic() > deadline:
                 return Status.LATE
         return Status.DONE
 
-    def _write(self, job: DiskJob, position: int) -> Status:
+    def _write(self, row: Row) -> Status:
+        job_id, position, _part, _parts, start = row
+        job = self._jobs[job_id]
+        if not self._exists(job, position):
+            return Status.REFUSED
+        now = time.monotonic()
+        if now > start + WRITE_PATIENCE_S:
+            return Status.LATE
+        if now < start and self._closing.wait(start - now):
+            return Status.REFUSED
         block = self._host_block(job, position)
         self._files.write(
             job.disk_slots[position],
@@ -114,12 +126,17 @@ class Moves:
         )
         return Status.DONE
 
-    def _read_part(self, job: DiskJob, position: int, part: int, parts: int) -> Status:
+    def _read_part(self, row: Row) -> Status:
+        job_id, position, part, parts, deadline = row
+        job = self._jobs[job_id]
+        if not self._exists(job, position):
+            return Status.REFUSED
+        if time.monotonic() > deadline:
+            return Status.LATE
         slot, digests = job.disk_slots[position], job.reads[position].digests
-        record = self._files.record(slot)
-        if record is None or record.key != job.keys[position]:
+        if self._files.checksum(slot, job.keys[position]) is None:
             return Status.STALE
-        first, end = (len(digests) * p // parts for p in (part, part + 1))
+        first, end = len(digests) * part // parts, len(digests) * (part + 1) // parts
         block = self._host_block(job, position)
         self._files.read(slot, block, first, end)
         self._checksums.digest(block, digests, first, end)
@@ -127,39 +144,20 @@ class Moves:
 
     def _checked(self, job: DiskJob, position: int) -> Status:
         """Whether what is in memory now is what was written under this key."""
-        key, record = job.keys[position], self._files.record(job.disk_slots[position])
-        if record is None or record.key != key:
+        key = job.keys[position]
+        checksum = self._files.checksum(job.disk_slots[position], key)
+        if checksum is None:
             return Status.STALE
         digests, host_slot = job.reads[position].digests, job.host_slots[position]
-        ours = self._checksums.arrive(key, record, digests, host_slot)
+        ours = self._checksums.arrive(key, checksum, digests, host_slot)
         return Status.DONE if ours else Status.CORRUPT
 
     def _exists(self, job: DiskJob, position: int) -> bool:
         """Another rank may have more slots, and be planned for before it is known who has least."""
-        host_slots = len(self._memory) // self._files.slot_bytes
-        in_memory = 0 <= job.host_slots[position] < host_slots
+        in_memory = 0 <= job.host_slots[position] < self._host_slots
         return in_memory and 0 <= job.disk_slots[position] < self._files.num_slots
 
     def _host_block(self, job: DiskJob, position: int) -> memoryview:
         size = self._files.slot_bytes
         start = job.host_slots[position] * size
         return self._memory[start : start + size]
-
-
-def microseconds(seconds: float) -> int:
-    """As a number for a ring."""
-    return int(seconds * 1e6)
-
-
-def _guarded(job: DiskJob | None, move: Callable[[], Status]) -> Status:
-    """An I/O thread outlives whatever happens in it."""
-    try:
-        return move()
-    except OSError as error:
-        reason = error.strerror or str(error)
-    except Exception as error:
-        logger.exception("Disk cache: a block could not be moved.")
-        reason = repr(error)
-    if job is not None:
-        job.reason = reason
-    return Status.ERROR

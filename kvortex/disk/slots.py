@@ -1,7 +1,8 @@
 """SlotFiles: the files of one rank's cache; writes, reads and erases single slots. On I/O threads.
 
-A slot is written in the order record away, bytes, record. It is read together with its checksum.
-So whatever was interrupted or lost by the drive, a slot holds the bytes of its key or none.
+A slot is written in the order record away, if there is one, bytes, record. It is read together with
+its checksum. So whatever was interrupted or lost by the drive, a slot holds the bytes of its key or
+none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kvortex.disk.format import (
     RECORD_BYTES,
     Record,
     RecordFormat,
-    peek,
+    checksum_in,
     stride,
 )
 
@@ -68,6 +69,8 @@ class _Files:
     slots: DiskFile
     in_place: bool
     """Whether blocks in memory can be read and written as they are."""
+    blank: bytearray
+    """Of each slot, 1 if it is known that no record of it is in the file."""
 
 
 class SlotFiles:
@@ -105,6 +108,7 @@ class SlotFiles:
             self.preallocated = self._files.slots.allocate(num_slots * self.stride + PAGE)
             self._table = self._read_table(self._files.records)
             self.survivors: Survivors = record_format.read_table(memoryview(self._table))
+            self._files.blank[:] = self._without_record()  # before invalid ones are forgotten
             self._forget_all_but(self.survivors.slots)
         except BaseException:
             self.close()
@@ -142,9 +146,9 @@ class SlotFiles:
             raise OSError(errno.EIO, "its files were cut off")
         self._files = files
 
-    def record(self, slot: int) -> Record | None:
-        """Whose bytes a slot holds."""
-        return peek(self._table, slot)
+    def checksum(self, slot: int, key: BlockKey) -> int | None:
+        """Of the bytes of a key that a slot holds; None if it does not."""
+        return checksum_in(self._table, slot, key)
 
     def write(
         self, slot: int, key: BlockKey, generation: int, block: memoryview, checksum: int
@@ -155,10 +159,12 @@ class SlotFiles:
             OSError: the slot holds nothing.
         """
         files = self._current()
-        self.erase(slot)
+        if not files.blank[slot]:
+            self.erase(slot)
         files.slots.write(self._padded(block, files), slot * self.stride)
         record = Record(key, generation, checksum, int(time.time()))
         packed = self._format.pack(slot, record)
+        files.blank[slot] = 0
         files.records.write(packed, slot * RECORD_BYTES)
         self._table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = packed
 
@@ -185,7 +191,9 @@ class SlotFiles:
             OSError: after a restart it may hold again what it held.
         """
         self.forget(slot)
-        self._current().records.write(NO_RECORD, slot * RECORD_BYTES)
+        files = self._current()
+        files.records.write(NO_RECORD, slot * RECORD_BYTES)
+        files.blank[slot] = 1
 
     def forget(self, slot: int) -> None:
         """Have a slot hold nothing until a restart; touches no file."""
@@ -246,7 +254,8 @@ class SlotFiles:
     def _opened(self, folder: int, *, create: bool) -> _Files:
         records = self._open_file(folder, RECORDS, create=create)
         slots = self._open_file(folder, SLOTS, create=create, direct=True)
-        return _Files(records, slots, not slots.direct or self.slot_bytes % PAGE == 0)
+        in_place = not slots.direct or self.slot_bytes % PAGE == 0
+        return _Files(records, slots, in_place, bytearray(self.num_slots))
 
     def _current(self) -> _Files:
         files = self._files
@@ -260,6 +269,11 @@ class SlotFiles:
         records.read(memoryview(table)[:there], 0)
         records.allocate(len(table))
         return table
+
+    def _without_record(self) -> bytes:
+        """Of each slot, 1 if there is nothing in the table."""
+        rows = np.frombuffer(self._table, "<u8").reshape(self.num_slots, -1)
+        return (~rows.any(axis=1)).tobytes()
 
     def _forget_all_but(self, slots: BlockIds) -> None:
         rows = np.frombuffer(self._table, np.uint8).reshape(-1, RECORD_BYTES)

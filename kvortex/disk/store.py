@@ -1,7 +1,7 @@
 """DiskStore: keeps blocks of one rank's host pool on a drive. Owned by one thread of a worker.
 
 The scheduler side owns keys, slot numbers and policy, and sends jobs. Here they are only put into
-rings; lanes, which are threads, do all reading, writing, waiting and checking.
+queues; lanes, which have threads, do all reading, writing, waiting and checking.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, Self
-
-import numpy as np
 
 from kvortex.bell import Bell
 from kvortex.checksum import num_pieces
@@ -22,27 +21,25 @@ from kvortex.disk.checksums import Checksums
 from kvortex.disk.file import DiskFile
 from kvortex.disk.job import BlockRead, DiskJob
 from kvortex.disk.lane import Lane
-from kvortex.disk.moves import ERASE, TRIAL, WIPE, WRITE_PATIENCE_S, Moves, microseconds
+from kvortex.disk.moves import ERASE, TRIAL, WIPE, WRITE_PATIENCE_S, Moves
 from kvortex.disk.opening import OpenCache
 from kvortex.disk.pace import Pace
 from kvortex.disk.report import DiskCounters, StoreReport
 from kvortex.disk.slots import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from kvortex.core import BlockKey
     from kvortex.disk.format import Namespace, Survivors
+    from kvortex.disk.lane import Answers, Row
     from kvortex.disk.slots import OpenFile
     from kvortex.host_pool import HostPool
-    from kvortex.spsc import Records
     from kvortex.verification import Verification
 
 logger = logging.getLogger(__name__)
 
-ROW = 5
-"""Numbers in a lane's row: job, position, part, parts, and microseconds of the clock."""
 LOST = {Status.ERROR, Status.CORRUPT, Status.STALE}
 """Of a block that could not be read; what came too late, or was not tried, is there still."""
 CLOSE_S = 10.0
@@ -129,14 +126,20 @@ class DiskStore:
         self.counters.stale_blocks = len(found.stale)
         self._unerased.update(found.stale.tolist())
         self._generation = 1 + int(max(found.generations, default=0))
+        self._answers: Answers = deque()
         self._answered = Bell()
         self._closing = Event()
         moves = Moves(
             self._files, self._memory, checksums, self._jobs, self._closing, self._cache.renew
         )
-        self._readers = self._start_lanes("kvortex-disk-read", options.readers, moves.read)
-        self._writers = self._start_lanes("kvortex-disk-write", options.writers, moves.write)
-        self._lanes = (*self._readers, *self._writers)
+        shared = (self._answers, self._answered, self._closing)
+        self._num_readers = options.readers
+        self._reader = Lane("kvortex-disk-read", options.readers, moves.read, *shared)
+        self._writers = [
+            Lane(f"kvortex-disk-write-{number}", 1, moves.write, *shared)
+            for number in range(options.writers)
+        ]
+        self._lanes = (self._reader, *self._writers)
 
     @property
     def survivors(self) -> Survivors:
@@ -164,15 +167,15 @@ class DiskStore:
         starts = [self._pace.appoint(self.slot_bytes, now) if allowed else None for _ in keys]
         job.deadline = max((s for s in starts if s is not None), default=now) + WRITE_PATIENCE_S
         self._jobs[job_id] = job
-        rows: dict[Lane, list[tuple[int, ...]]] = {}
+        rows: dict[Lane, list[Row]] = {}
         for position, (slot, start) in enumerate(zip(job.disk_slots, starts, strict=True)):
             if start is None:
                 job.give_up(position, Status.REFUSED)
             else:
-                row = (job_id, position, 0, 1, microseconds(start))
+                row = (job_id, position, 0, 1, start)
                 rows.setdefault(self._writer(slot), []).append(row)
         for lane, own in rows.items():
-            self._push(job, lane, np.array(own, np.int64))
+            self._push(job, lane, own)
         self._unerased -= {slot for at, slot in enumerate(job.disk_slots) if at not in job.failed}
         self._finish_if_ended(job)
 
@@ -186,7 +189,7 @@ class DiskStore:
         """Have blocks copied to host memory, where each is checked to be that of its key."""
         now = time.monotonic()
         count = len(keys)
-        parts = max(1, min(self._most_parts, len(self._readers) // max(1, count)))
+        parts = max(1, min(self._most_parts, self._num_readers // max(1, count)))
         deadline = now + self._read_deadline_s
         job = DiskJob(job_id, keys, list(disk_slots), list(host_slots), deadline, parts)
         job.reads = [BlockRead.of(self._pieces) for _ in keys]
@@ -195,18 +198,12 @@ class DiskStore:
             for position in range(count):
                 job.give_up(position, Status.REFUSED)
         else:
-            until = microseconds(deadline)
-            rows = np.array(
-                [
-                    (job_id, position, part, parts, until)
-                    for position in range(count)
-                    for part in range(parts)
-                ],
-                np.int64,
-            ).reshape(-1, ROW)
-            lanes = sorted(self._readers, key=lambda lane: lane.under_way)
-            for number, lane in enumerate(lanes[: len(rows)]):
-                self._push(job, lane, rows[number :: len(lanes)])
+            rows = [
+                (job_id, position, part, parts, deadline)
+                for position in range(count)
+                for part in range(parts)
+            ]
+            self._push(job, self._reader, rows)
         self._finish_if_ended(job)
 
     def erase(self, disk_slots: Iterable[int]) -> None:
@@ -279,21 +276,14 @@ class DiskStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start_lanes(
-        self, name: str, count: int, work: Callable[[list[int]], Status]
-    ) -> list[Lane]:
-        return [
-            Lane(f"{name}-{number}", ROW, work, self._answered, self._closing)
-            for number in range(count)
-        ]
-
     def _writer(self, slot: int) -> Lane:
         """All that changes a slot is done by one lane, in order."""
         return self._writers[slot % len(self._writers)]
 
-    def _push(self, job: DiskJob, lane: Lane, rows: Records) -> None:
+    @staticmethod
+    def _push(job: DiskJob, lane: Lane, rows: list[Row]) -> None:
         """What finds no room in the lane is refused."""
-        for row in rows[lane.push(rows) :].tolist():
+        for row in rows[lane.push(rows) :]:
             job.end(row[1], Status.REFUSED)
 
     def _push_erases(self) -> None:
@@ -311,38 +301,37 @@ class DiskStore:
         """See whether what is off works again, at no request's expense."""
         if self._closing.is_set() or not (self._reading.is_off or self._writing.is_off):
             return
-        idlest = min(self._readers, key=lambda lane: lane.under_way)
         for is_write, (breaker, lane, patience) in enumerate(
             (
-                (self._reading, idlest, self._read_deadline_s),
+                (self._reading, self._reader, self._read_deadline_s),
                 (self._writing, self._writer(0), WRITE_PATIENCE_S),
             )
         ):
-            if breaker.wants_trial(now):
-                until = microseconds(now + patience)
-                if not self._order(lane, TRIAL, is_write, until):
-                    breaker.end_trial(now, well=False)
+            until = now + patience
+            if breaker.wants_trial(now) and not self._order(lane, TRIAL, is_write, until):
+                breaker.end_trial(now, well=False)
 
     @staticmethod
-    def _order(lane: Lane, what: int, position: int = 0, until: int = 0) -> bool:
+    def _order(lane: Lane, what: int, position: int = 0, until: float = 0) -> bool:
         """Push a row that belongs to no job; returns whether there was room."""
-        return lane.push(np.array([(what, position, 0, 1, until)], np.int64)) == 1
+        return lane.push([(what, position, 0, 1, until)]) == 1
 
     def _take_answers(self) -> None:
-        for lane in self._lanes:
-            for row in lane.answers() if lane.under_way else ():
-                self._settle(*row)
+        for _ in range(len(self._answers)):
+            lane, row, status = self._answers.popleft()
+            lane.under_way -= 1
+            self._settle(row[0], row[1], status)
 
-    def _settle(self, job_id: int, position: int, _part: int, _parts: int, status: int) -> None:
+    def _settle(self, job_id: int, position: int, status: Status) -> None:
         """Take in a lane's answer."""
         if job_id < 0:
-            self._settle_order(job_id, position, well=status == Status.DONE)
+            self._settle_order(job_id, position, well=status is Status.DONE)
             return
         job = self._jobs.get(job_id)
         if job is None:  # given up when the store closed over a drive that did not answer
             return
-        self._judge(self._reading if job.reads else self._writing, Status(status), job.reason)
-        job.end(position, Status(status))
+        self._judge(self._reading if job.reads else self._writing, status, job.reason)
+        job.end(position, status)
         self._finish_if_ended(job)
 
     def _settle_order(self, what: int, position: int, *, well: bool) -> None:
