@@ -27,7 +27,6 @@ from kvortex.cuda_copy_engine import CudaCopyEngine
 from kvortex.cuda_driver import cuda_driver
 from kvortex.cuda_ticket import CudaTicket, EventPool
 from kvortex.movers.factory import BUFFER_BYTES, STAGED_PROGRAMS
-from kvortex.spsc import SpscRing
 from kvortex.tune import Rig, median_seconds, rig
 from kvortex.verification import verification_of
 
@@ -286,13 +285,6 @@ def host_costs(report: Report, device: torch.device) -> None:
             floor = timed_calls(partial(driver_calls, engine), 500)
             report.add("record wait launch record", "driver", "", page, floor * 1e6, "us")
             engine.close()
-    ring, batch = SpscRing(4096, 2), np.ones((64, 2), np.int64)
-
-    def through() -> None:
-        ring.push(batch)
-        ring.pop(64)
-
-    report.add("ring, a descriptor", "spsc", "", 0, timed_calls(through, 5000) / 64 * 1e6, "us")
 
 
 def driver_calls(engine: CudaCopyEngine) -> Ticket:
