@@ -85,7 +85,8 @@ class KVortexConfig(BaseModel):
     verify: Literal["always", "sampled", "off"] = Field(
         default="always",
         description="Which loads are compared with a checksum of what was stored: always all, "
-        "sampled one in 16, off none. What is not the same is computed again.",
+        "sampled one copy in 16 until one is wrong, off none. What is not the same is computed "
+        "again. With `disk_path` sampled is always.",
     )
     trace_path: str | None = Field(
         default=None,

@@ -175,6 +175,7 @@ class CpuCopyEngine(CopyEngine):
     def _cleared(self, wrong: list[int]) -> list[int]:
         """Nobody is to compute from bytes that are wrong, which may be no numbers at all."""
         if wrong:
+            self._turns.found_wrong()
             clear_blocks([page.view for page in self.layout.pages], wrong)
         return wrong
 

@@ -174,6 +174,8 @@ class StepPlan:
     lost_block_ids: tuple[int, ...] = ()
     """GPU blocks that were promised a load whose source is gone; they must be recomputed."""
     disk: DiskPlan | None = None
+    lost_requests: tuple[str, ...] = ()
+    """Who waits apart for a load, of which some blocks are such."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,7 @@ class CudaCopyEngine(CopyEngine):
         for part, checksum in zip(self._parts, kept, strict=True):
             if checksum != self._checksum(slot, part.stop, start):
                 return self._layers_of(part)
-        return "though that slot holds what was stored"
+        return "which they became on their way, as the slot itself is right"
 
     def _layers_of(self, part: range) -> str:
         """Those that have runs in a part."""

@@ -56,15 +56,15 @@ class Counters:
     failed_loads: int = 0
     """Blocks whose load failed; corrupt ones are among them."""
     corrupt_blocks: int = 0
-    """Blocks that were loaded and are not what was stored; they are computed again."""
+    """Loads of a block that gave back other bytes than were stored; they are computed again."""
     discarded_stores: int = 0
     """Stores whose bytes arrived but could no longer be trusted or wanted."""
     refused_stores: int = 0
-    """Blocks not stored because every slot was in use by a transfer."""
+    """Blocks not stored because every slot was in use by a transfer, or quarantined."""
     not_admitted: int = 0
     """Blocks not stored because the admission filter expects no second use."""
     hit_tokens: int = 0
-    """Tokens that were loaded instead of computed."""
+    """Tokens that were to be loaded instead of computed, also those that did not arrive."""
     unpaid_tokens: int = 0
     """Tokens that could have been loaded, had it not been faster to compute them."""
     apart_loads: int = 0

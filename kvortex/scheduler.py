@@ -79,6 +79,7 @@ class OffloadScheduler:
         self._flights: dict[int, Flight] = {}
         self._new: dict[Direction, list[Job]] = {Direction.STORE: [], Direction.LOAD: []}
         self._lost: list[int] = []
+        self._lost_requests: list[str] = []
         self._next_job_id = 0
         self._logged: set[str] = set()
         self._corrupt_layers = ""
@@ -156,7 +157,10 @@ class OffloadScheduler:
         found = [
             (self.tier.lookup(key), block_id) for key, block_id in zip(keys, block_ids, strict=True)
         ]
-        self._lost += [block_id for block, block_id in found if block is None]
+        lost = [block_id for block, block_id in found if block is None]
+        self._lost += lost
+        if lost and request_id is not None:
+            self._lost_requests.append(request_id)
         blocks = [block for block, _ in found if block is not None]
         self.tier.pin(blocks)
         ids = [block_id for block, block_id in found if block is not None]
@@ -171,9 +175,12 @@ class OffloadScheduler:
         loads, stores = self._new[Direction.LOAD], self._new[Direction.STORE]
         lost = tuple(self._lost)
         disk = self.overflow.take_plan() if self.overflow is not None else None
-        plan = StepPlan(tuple(loads), tuple(stores), has_forward, by_layer, step, lost, disk)
+        waiting = tuple(self._lost_requests)
+        plan = StepPlan(
+            tuple(loads), tuple(stores), has_forward, by_layer, step, lost, disk, waiting
+        )
         self._new = {Direction.STORE: [], Direction.LOAD: []}
-        self._lost = []
+        self._lost, self._lost_requests = [], []
         return plan
 
     def settle(self, report: StepReport) -> list[Flight]:

@@ -62,6 +62,7 @@ class Verdicts:
         found = self._found[rows.start : rows.stop]
         if not found.any():
             return []
+        self._turns.found_wrong()
         wrong: list[int] = block_ids[found != 0].tolist()
         found[:] = 0
         return wrong

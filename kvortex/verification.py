@@ -44,7 +44,10 @@ class Verification:
 
 
 class Turns:
-    """Which copies are summed up: all stores, and of loads those that are to be compared."""
+    """Which copies are summed up: all stores, and of loads those that are to be compared.
+
+    Once one was wrong, all are.
+    """
 
     def __init__(self, verification: Verification | None) -> None:
         self._mode: Verify = verification.mode if verification is not None else "off"
@@ -55,6 +58,11 @@ class Turns:
         if self._mode == "sampled" and direction is Direction.LOAD:
             return {True, False}
         return {self._mode != "off"}
+
+    def found_wrong(self) -> None:
+        """Of a load that was compared."""
+        if self._mode == "sampled":
+            self._mode = "always"
 
     def next(self, direction: Direction) -> bool:
         """Whether the next copy is summed up."""

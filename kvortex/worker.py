@@ -84,6 +84,7 @@ class Worker:
         self._layered_blocks: set[int] = set()
         self._arrived: set[str] = set()
         self._failed_requests: set[str] = set()
+        self._lost_requests: set[str] = set()
         self._layered_loads = 0
         self._step: int | None = None
         self._unwaited_layers = 0
@@ -108,6 +109,7 @@ class Worker:
             self._disk.begin(plan.disk)
         self._bad_blocks.update(plan.lost_block_ids)
         self._misled = self._misled or bool(plan.lost_block_ids)
+        self._lost_requests.update(plan.lost_requests)
         awaited = [job for job in plan.loads if job.request_id is None]
         by_layer = plan.by_layer and self._gate.trusts(hooked_layers)
         self._load_awaited(awaited, by_layer=by_layer)
@@ -311,6 +313,8 @@ class Worker:
         self._finished.update((job.id, 1) for job in jobs)
         requests = {job.request_id for job in jobs if job.request_id is not None}
         self._arrived |= requests
+        self._failed_requests |= requests & self._lost_requests
+        self._lost_requests -= requests
         return requests
 
     def _fail(

@@ -29,7 +29,7 @@ from kvortex.cli import main
 from kvortex.core import ConfigError
 from kvortex.disk import Namespace
 from kvortex.disk.checksums import scheme_of
-from kvortex.disk.format import PAGE
+from kvortex.disk.format import PAGE, RECORD_BYTES
 from kvortex.disk.tool import inspect
 
 if TYPE_CHECKING:
@@ -284,12 +284,23 @@ def test_inspect_and_verify_and_clear(
         "description": {"model": "tiny", "dtype": "bfloat16"},
     }
     assert main(["disk", "verify", "--json", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out) == {"good": 2, "corrupt": 0, "not_verifiable": 0}
+    assert json.loads(capsys.readouterr().out) == {
+        "good": 2,
+        "corrupt": 0,
+        "not_verifiable": 0,
+        "damaged_records": 0,
+    }
     with (folder / "slots").open("r+b") as file:
         file.seek(3 * SLOT_BYTES + 77)
         file.write(b"spoiled")
     assert main(["disk", "verify", str(tmp_path)]) == 1
     assert capsys.readouterr().out == "1 blocks are good, 1 are corrupt\n"
+    with (folder / "records").open("r+b") as file:
+        file.seek(3 * RECORD_BYTES + 40)
+        file.write(b"spoiled")
+    assert main(["disk", "verify", str(tmp_path)]) == 0
+    told = "1 blocks are good, 0 are corrupt; 1 records are damaged, whose blocks are lost\n"
+    assert capsys.readouterr().out == told
     assert main(["disk", "clear", "--yes", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "1 caches removed\n"
     assert [path.name for path in tmp_path.iterdir()] == [".kvortex-lock"]
@@ -364,7 +375,8 @@ def test_what_a_cache_says_of_its_checksums_is_not_trusted(
         about.write_text(json.dumps(json.loads(about.read_text()) | {"checksums": says}))
         assert main(["disk", "verify", "--json", str(tmp_path)]) == 1
         found = json.loads(capsys.readouterr().out)
-        assert found == {"good": 0, "corrupt": corrupt, "not_verifiable": unknown}
+        expected = {"good": 0, "corrupt": corrupt, "not_verifiable": unknown, "damaged_records": 0}
+        assert found == expected
     about.write_text(json.dumps(json.loads(about.read_text()) | {"checksums": told}))
     assert main(["disk", "verify", str(tmp_path)]) == 1
     shown = capsys.readouterr().out
@@ -491,8 +503,9 @@ def test_the_tools_stand_whatever_is_in_the_place_of_a_file(
     assert info["used"] == (len(BLOCKS) if name == "slots" else 0)
     assert main(["disk", "verify", str(tmp_path), "--json"]) == (name == "slots")
     corrupt = len(BLOCKS) if name == "slots" else 0
-    told = {"good": 0, "corrupt": corrupt, "not_verifiable": 0}
-    assert json.loads(capsys.readouterr().out) == told
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("damaged_records") == (len(BLOCKS) if name == "namespace.json" else 0)
+    assert found == {"good": 0, "corrupt": corrupt, "not_verifiable": 0}
 
 
 def test_a_description_does_not_steer_the_terminal(

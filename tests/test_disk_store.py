@@ -67,7 +67,7 @@ def test_what_was_written_is_read_by_this_store_and_the_next(
 @pytest.mark.parametrize("slot_bytes", [8192, 2 << 20])
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_the_checksum_beside_a_slot_travels_as_it_is(
-    kind: str, slot_bytes: int, tmp_path: Path
+    kind: str, slot_bytes: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody counts it anew on the way out; on the way back the CPU compares its own."""
     how = verified_by(kind, slot_bytes)
@@ -91,6 +91,7 @@ def test_the_checksum_beside_a_slot_travels_as_it_is(
         pool.checksums[3] = 0
         store.read(4, [b"a"], [2], [3])
         assert ended(store, 4) == (frozenset() if how.by_gpu else {0})
+        assert ("other bytes than were written" in caplog.text) is not how.by_gpu
         assert pool.checksums[3] == (wrong if how.by_gpu else 0)
         assert store.counters.corrupt_blocks == (not how.by_gpu)
 

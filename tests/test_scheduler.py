@@ -233,6 +233,20 @@ def test_corrupt_on_one_rank_is_corrupt() -> None:
     assert flight.discard  # it may have read what the forward computed from wrong bytes
 
 
+def test_who_waits_for_what_is_gone_is_named() -> None:
+    keeper = scheduler()
+    stored(keeper, A)
+    keeper.load([A, B], [3, 4])
+    keeper.load([A], [5], "whole")
+    keeper.load([A, B], [6, 7], "in part")
+    keeper.load([B], [8], "gone")
+    plan = keeper.take_plan()
+    assert plan.lost_block_ids == (4, 7, 8)
+    assert plan.lost_requests == ("in part", "gone")
+    assert [job.request_id for job in plan.loads] == [None, "whole", "in part", "gone"]
+    assert keeper.take_plan().lost_requests == ()
+
+
 def test_the_first_corrupt_block_is_told_with_its_place(caplog: pytest.LogCaptureFixture) -> None:
     keeper = scheduler()
     stored(keeper, A, B)

@@ -232,6 +232,21 @@ def test_a_request_whose_own_load_is_corrupt_has_failed() -> None:
     assert worker.report().corrupt == {2: frozenset({0})}
 
 
+def test_a_request_whose_source_is_gone_in_part_has_failed(engine: CommandedCopyEngine) -> None:
+    """Once the rest has arrived; vLLM is told of no block where a model has several groups."""
+    worker = running(engine)
+    nothing = np.array([], np.int64)
+    waiting = replace(job(1, (4, 5)), request_id="r"), Job(2, nothing, nothing, "s")
+    worker.begin(StepPlan(waiting, lost_block_ids=(6, 7), lost_requests=("r", "s")))
+    assert worker.take_arrived() == worker.take_failed_requests() == {"s"}
+    engine.tickets[0].finish()
+    assert worker.take_arrived() == worker.take_failed_requests() == {"r"}
+    worker.begin(StepPlan((replace(job(3, (4, 5)), request_id="r"),)))
+    engine.tickets[1].finish()
+    assert worker.take_arrived() == {"r"}
+    assert worker.take_failed_requests() == set()
+
+
 def test_a_store_that_fails_later_is_data(engine: CommandedCopyEngine) -> None:
     worker = running(engine)
     worker.begin(StepPlan(stores=(job(1, (4, 5)),), has_forward=False))

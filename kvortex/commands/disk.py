@@ -56,8 +56,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(json.dumps(verified.as_dict()))
     else:
         told = f"{verified.good} blocks are good, {verified.corrupt} are corrupt"
-        lacking = verified.not_verifiable
-        print(f"{told}, {lacking} are not verifiable" if lacking else told)
+        if verified.not_verifiable:
+            told += f", {verified.not_verifiable} are not verifiable"
+        if verified.damaged_records:
+            told += f"; {verified.damaged_records} records are damaged, whose blocks are lost"
+        print(told)
     return outcome.OK if verified.good == verified.blocks else outcome.FAILED
 
 

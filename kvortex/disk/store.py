@@ -115,6 +115,7 @@ class DiskStore:
         self._unerased: set[int] = set()
         """Slots to erase for which no lane had room yet."""
         self._erasing: set[int] = set()
+        self._told_corrupt = False
         self._to_wipe = self._wiping = False
         self._cache = OpenCache(
             disk_path, namespace, rank, num_slots, pool.slot_bytes, checksums.scheme, open_file
@@ -370,6 +371,12 @@ class DiskStore:
             self.counters.count_failures(job.failed.values(), is_read=is_read)
             corrupt = [at for at, status in job.failed.items() if status is Status.CORRUPT]
             self.erase(job.disk_slots[position] for position in corrupt)
+            if corrupt and not self._told_corrupt:
+                self._told_corrupt = True
+                logger.warning(
+                    "Disk cache: a block came back with other bytes than were written; it is "
+                    "computed again. See the drive's health. Later ones are only counted."
+                )
         lost = frozenset(at for at, status in job.failed.items() if status in LOST)
         if lost and is_read:
             self._lost[job.id] = lost

@@ -74,6 +74,8 @@ class Verified:
     corrupt: int = 0
     not_verifiable: int = 0
     """What the cache says of their checksums was not written by us."""
+    damaged_records: int = 0
+    """Whose blocks nobody can find any more: a few after a crash, many where a drive decays."""
 
     def count(self, good: bool | None) -> None:
         """A block, of which None is known."""
@@ -112,7 +114,9 @@ def verify(path: Path, progress: Callable[[int, int], None]) -> Verified:
         ConfigError: it cannot be read, or is in use.
     """
     require_idle(path)
-    total, verified = sum(info.used for info in inspect(path)), Verified()
+    infos = inspect(path)
+    total = sum(info.used for info in infos)
+    verified = Verified(damaged_records=sum(info.invalid for info in infos))
     for namespace, rank, folder in _folders(path):
         for good in _checks(folder, namespace, rank):
             verified.count(good)
