@@ -190,7 +190,7 @@ class Worker:
         self._poll()
         bad, self._bad_blocks = self._bad_blocks, set()
         self._misled = False
-        awaited = [launch for launch in self._launches if launch.is_awaited]
+        awaited = [one for one in self._launches if one.is_awaited and one.told is None]
         for launch in awaited:
             launch.told = bad
         return BadBlocks(bad, partial(self._await, awaited)) if awaited else bad

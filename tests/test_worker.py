@@ -206,6 +206,17 @@ def test_bad_blocks_belong_to_the_step_that_loaded_them(*, polled: bool, fails: 
     assert 5 in bad
 
 
+def test_the_next_step_does_not_take_over_what_is_still_under_way() -> None:
+    """vLLM asks for its bad blocks before it looks into those of the step before."""
+    worker, engine = loading_what_turns_out_wrong()
+    bad = worker.take_bad_blocks()
+    worker.begin(StepPlan(lost_block_ids=(7,)))
+    later = worker.take_bad_blocks()
+    engine.tickets[1].finish()
+    assert later == {7}
+    assert bad == {5}
+
+
 def test_a_step_without_bad_blocks_has_none() -> None:
     worker, engine = loading_what_turns_out_wrong()
     engine.pool.bytes[6] -= 1
