@@ -19,10 +19,11 @@ from engines import (
 )
 from running_ahead import let_cpu_run_ahead
 
+from kvortex.copy_engine import Ticket
 from kvortex.core import Direction
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from kvortex.core import BlockIds
 
@@ -56,8 +57,31 @@ def llm(engine: Any) -> Any:
     return engine
 
 
+class Late(Ticket):
+    """Its end, and what it found, is seen as late as on a GPU: by who waits, or after a while."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket = ticket
+        self._polls_left = 9
+
+    @property
+    def done(self) -> bool:
+        self._polls_left -= 1
+        return self._polls_left < 0
+
+    @property
+    def bad_block_ids(self) -> Sequence[int]:
+        return self._ticket.bad_block_ids
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._polls_left = 0
+        return True
+
+
 class BadMemory:
     """Flips a bit in some of the slots of copies: behind a store, or right before a load.
+
+    Loads end late.
 
     Args:
         flips: in copies of which direction.
@@ -82,7 +106,7 @@ class BadMemory:
             return ticket
         self._flip_some(direction, slots)
         self.loaded += self._flipped & set(slots.tolist())
-        return self._copy(direction, block_ids, slots, *rest)
+        return Late(self._copy(direction, block_ids, slots, *rest))
 
     def _flip_some(self, direction: Direction, slots: BlockIds) -> None:
         """Not twice in one slot: that might undo the first."""
