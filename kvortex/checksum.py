@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 512 << 10
 WORD = 1 << 64
+UNCOUNTED = 0
+"""Instead of the checksums of parts of a block of which only that of the whole is known."""
 
 
 def seed_of(key: BlockKey) -> int:

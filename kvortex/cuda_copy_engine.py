@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from kvortex.calibration import ZERO_COPY, load_calibration
+from kvortex.checksum import UNCOUNTED
 from kvortex.copy_engine import CopyEngine, Ticket
 from kvortex.core import Direction, TransferError
 from kvortex.cuda_driver import cuda_driver
 from kvortex.cuda_stopwatch import CudaStopwatch
 from kvortex.cuda_ticket import CudaTicket, EventPool
-from kvortex.host_pool import UNCOUNTED
 from kvortex.id_ring import open_ring
 from kvortex.lane import Lane
 from kvortex.movers import open_movers

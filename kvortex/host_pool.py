@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 256 << 20
 CHECKSUM_BYTES = 8
-UNCOUNTED = 0
-"""Instead of the checksums of parts of a block of which only that of the whole is known."""
 ENOUGH_ON_NODE = 0.99
 
 

@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 from simulated_gpu import TICK, SimulatedDriver, simulate, simulated_engine
 
 from kvortex.calibration import DMA, STAGED, ZERO_COPY, Choice
+from kvortex.checksum import UNCOUNTED
 from kvortex.core import Direction, TransferError
 from kvortex.cuda_stopwatch import MOST_TIMED
-from kvortex.host_pool import UNCOUNTED
 from kvortex.verification import ONE_IN
 
 if TYPE_CHECKING:

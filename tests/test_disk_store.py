@@ -32,10 +32,10 @@ import kvortex.disk.lane
 import kvortex.disk.moves
 import kvortex.disk.slots
 import kvortex.disk.store
+from kvortex.checksum import UNCOUNTED
 from kvortex.core import ConfigError
 from kvortex.disk import disk_slots_in_pool
 from kvortex.disk.file import DiskFile
-from kvortex.host_pool import UNCOUNTED
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvortex.checksum import WORD, checksum_of, combine, digest_pieces, signed
+from kvortex.checksum import UNCOUNTED, WORD, checksum_of, combine, digest_pieces, signed
 from kvortex.disk.scheme import OWN, SEEDED, SUMS, Scheme
-from kvortex.host_pool import UNCOUNTED
 
 if TYPE_CHECKING:
     from kvortex.checksum import Digests
