@@ -111,6 +111,11 @@ class CopyEngine(ABC):
         that is not known; may be slow."""
         return ""
 
+    def _clear(self, wrong: list[int]) -> None:
+        """Nobody is to compute from bytes that are wrong, which may be no numbers at all."""
+        if wrong:
+            clear_blocks([page.view for page in self.layout.pages], wrong)
+
     @abstractmethod
     def fence(self, ticket: Ticket) -> None:
         """Make the caller's current stream wait for a copy; the host does not wait."""
@@ -168,16 +173,13 @@ class CpuCopyEngine(CopyEngine):
         checksums = self._checksums(slots, seeds)
         kept = self.pool.checksums.numpy()
         if direction is Direction.LOAD:
-            return _Arrived(self._cleared(block_ids[kept[slots] != checksums].tolist()))
+            wrong: list[int] = block_ids[kept[slots] != checksums].tolist()
+            if wrong:
+                self._turns.found_wrong()
+            self._clear(wrong)
+            return _Arrived(wrong)
         kept[slots] = checksums
         return _Arrived()
-
-    def _cleared(self, wrong: list[int]) -> list[int]:
-        """Nobody is to compute from bytes that are wrong, which may be no numbers at all."""
-        if wrong:
-            self._turns.found_wrong()
-            clear_blocks([page.view for page in self.layout.pages], wrong)
-        return wrong
 
     def _checksums(self, slots: BlockIds, seeds: BlockIds | None) -> BlockIds:
         """Of what the slots hold."""

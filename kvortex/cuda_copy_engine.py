@@ -23,11 +23,7 @@ from kvortex.id_ring import open_ring
 from kvortex.lane import Lane
 from kvortex.movers import open_movers
 from kvortex.paged_kernel import tiling_of
-from kvortex.triton_kernels.reference import (
-    checksums_reference,
-    clear_blocks,
-    paged_copy_reference,
-)
+from kvortex.triton_kernels.reference import checksums_reference, paged_copy_reference
 from kvortex.verification import seeds_from
 
 if TYPE_CHECKING:
@@ -91,6 +87,7 @@ class CudaCopyEngine(CopyEngine):
 
     def _open(self, num_streams: int) -> None:
         self._parts = self.layout.parts()
+        self._stretches: list[tuple[int, int]] = self.layout.run_table()[:, 2:].tolist()
         self._page_ends = [runs.stop for runs in self.layout.page_runs()]
         self._driver = cuda_driver()
         self._context = self._driver.current_context()
@@ -187,9 +184,9 @@ class CudaCopyEngine(CopyEngine):
     def _checksum(self, slot: int, end: int, start: int) -> int:
         """Of the first `end` runs of a slot, counted slowly by the CPU."""
         assert self.verification is not None
-        stretches = self.layout.run_table()[:end, 2:].tolist()
         block, seeds = self.pool.bytes[slot : slot + 1], torch.tensor([start])
-        return int(checksums_reference(block, stretches, self.verification.word, seeds))
+        stretches, word = self._stretches[:end], self.verification.word
+        return int(checksums_reference(block, stretches, word, seeds))
 
     def bytes_per_s(self, direction: Direction) -> float | None:
         if direction in self._stopwatches:
@@ -253,8 +250,7 @@ class CudaCopyEngine(CopyEngine):
             paged_copy_reference(pages, ids, places, self.pool.bytes, store=False)
             ticket = CudaTicket(self._events, self._current_stream())
             wrong = self._wrong(block_ids, slots, self._seeds(seeds, block_ids))
-            if wrong:
-                clear_blocks([page.view for page in self.layout.pages], wrong)
+            self._clear(wrong)
             ticket.add_bad(wrong)
             return ticket
         except RuntimeError as error:
