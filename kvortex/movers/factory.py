@@ -65,7 +65,7 @@ def open_movers(
         judge = None
         if ids.verdicts is not None:
             judge = PagedKernel(on_gpu, pool.bytes, tiling, direction, ids, copy=False)
-        movers[DMA] = DmaMover(direction, runs, pool, judge, STAGED_PROGRAMS, ids, events)
+        movers[DMA] = DmaMover(direction, runs, pool, judge, ids, events)
     if STAGED in names:
         try:
             buffers = _buffers(layout, pool)
