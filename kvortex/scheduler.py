@@ -300,7 +300,7 @@ class OffloadScheduler:
             )
 
     def _quarantine(self, blocks: list[Block]) -> None:
-        """What these slots hold is not what was stored, and nothing else is to be."""
+        """What these slots hold is not what was stored."""
         self.counters.corrupt_blocks += len(blocks)
         self.tier.quarantine(blocks)
         if self.overflow is not None:
@@ -309,14 +309,15 @@ class OffloadScheduler:
         self._log_once(
             logging.ERROR,
             "Block %s came back from host slot %d, where it was brought from %s %.1f s ago, with "
-            "other bytes than were stored, %s: its tokens are computed again, and the slot is not "
-            "used any more. Test this machine's memory%s.",
+            "other bytes than were stored, %s: its tokens are computed again%s. Test this machine's "
+            "%s.",
             first.key.hex(),
             first.slot,
             "disk" if first.from_disk else "the GPU",
             time.monotonic() - first.since,
             self._corrupt_layers or "in some of its layers",
-            " and drive" if first.from_disk else "",
+            ", and the slot is not used any more" if first.quarantined else "",
+            "drive and memory" if first.from_disk else "memory",
         )
 
     def _end_store(self, flight: Flight) -> None:

@@ -46,6 +46,8 @@ class HostTier:
         self.evictions = 0
         self.on_evict: list[Callable[[Block], None]] = []
         """All are told of each victim while its bytes are still there."""
+        self.suspects: dict[int, Block] = {}
+        """The first block that was found to be wrong in a slot, if it came from disk."""
         self._policy = GuardedPolicy(policy, self.index.keys)
         self._admission = admission or Always(num_slots)
         self._arriving: dict[BlockKey, _Arrivals] = {}
@@ -168,9 +170,17 @@ class HostTier:
                 self._orphans += self._without_prefix(self.index.orphans(block.key))
 
     def quarantine(self, blocks: Iterable[Block]) -> None:
-        """Drop blocks whose bytes changed where they were, and use their slots no more."""
+        """Drop blocks whose bytes changed where they were, and use their slots no more.
+
+        Bytes that came from disk may have been wrong when they came: their slot is given up if
+        another block is found to be wrong there, or a failing drive would cost all of the memory.
+        """
         for block in blocks:
-            block.quarantined = True
+            if block.quarantined:  # another reader has told of it
+                continue
+            if not block.from_disk or self.suspects.setdefault(block.slot, block) is not block:
+                block.quarantined = True
+                self.suspects.pop(block.slot, None)
             self.forget((block,))
 
     def clear(self) -> None:

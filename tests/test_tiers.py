@@ -306,6 +306,21 @@ def test_nobody_gets_a_slot_whose_bytes_changed() -> None:
     assert block.slot != changed[0].slot
 
 
+def test_a_slot_filled_from_disk_is_given_up_when_it_is_wrong_again() -> None:
+    """The first time the drive may be to blame; two readers of a block tell of the same bytes."""
+    host = tier(1)
+    for times in (1, 2):
+        (changed,) = stored(host, A)
+        changed.from_disk = True
+        host.pin([changed, changed])
+        for _ in range(2):
+            host.quarantine([changed])
+            host.unpin([changed])
+        assert (readable(host), host.index.quarantined) == ([], times - 1)
+        assert bool(host.suspects) is (times == 1)
+    assert host.reserve([B]) == []
+
+
 def test_clear_spares_what_arrives() -> None:
     host = tier(4)
     pinned = stored(host, A)

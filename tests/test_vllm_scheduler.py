@@ -323,6 +323,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             if job_id not in under_way
         }
 
+    def given_up(self) -> set[int]:
+        """Slots that nobody is to use any more."""
+        return set(self.found_corrupt().values()) - self.offload.tier.suspects.keys()
+
     def execute(self, output: SchedulerOutput, fails_on: int | None) -> ModelRunnerOutput:
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
@@ -360,7 +364,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def assert_sound(self, plan: StepPlan) -> None:
         """Nothing is moved into or out of a slot whose bytes are known to have changed."""
-        given_up = set(self.found_corrupt().values())
+        given_up = self.given_up()
         moves: list[Job | DiskMove] = [*plan.loads, *plan.stores]
         moves += [*plan.disk.reads, *plan.disk.writes] if plan.disk is not None else []
         assert given_up.isdisjoint(slot for move in moves for slot in move.slots.tolist())
@@ -432,9 +436,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_came_back_corrupt_is_counted_and_its_slot_is_nobodys(self) -> None:
-        found = self.found_corrupt()
-        slots = set(found.values())
+        """But for one whose bytes came from disk, and which has been given another chance."""
+        found, suspects = self.found_corrupt(), self.offload.tier.suspects
+        slots = self.given_up()
         assert self.offload.counters.corrupt_blocks == len(found)
+        assert suspects.keys() <= set(found.values())
+        assert all(block.from_disk for block in suspects.values())
         assert self.index.quarantined <= len(slots)  # some may still have another reader
         assert slots.isdisjoint(self.index._free)
         assert slots.isdisjoint(block.slot for block in self.index)
@@ -475,7 +482,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         side = self.connector._scheduler
         assert not any([side._tracked, side._held, side._loads._under_way, self.arrivals])
         assert self.index.reserved == 0
-        assert self.index.quarantined == len(set(self.found_corrupt().values()))
+        assert self.index.quarantined == len(self.given_up())
         if all(rank.has_told_its_size for rank in self.ranks):
             usable = min(len(rank.host) for rank in self.ranks) - self.index.quarantined
             assert self.index.num_slots == usable
