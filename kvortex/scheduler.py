@@ -309,8 +309,8 @@ class OffloadScheduler:
         self._log_once(
             logging.ERROR,
             "Block %s came back from host slot %d, where it was brought from %s %.1f s ago, with "
-            "other bytes than were stored, %s: its tokens are computed again%s. Test this machine's "
-            "%s.",
+            "other bytes than were stored, %s: its tokens are computed again%s. Test this "
+            "machine's %s.",
             first.key.hex(),
             first.slot,
             "disk" if first.from_disk else "the GPU",

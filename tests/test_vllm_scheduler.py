@@ -325,7 +325,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def given_up(self) -> set[int]:
         """Slots that nobody is to use any more."""
-        return set(self.found_corrupt().values()) - self.offload.tier.suspects.keys()
+        suspects: set[int] = set(self.offload.tier.suspects)
+        return set(self.found_corrupt().values()) - suspects
 
     def execute(self, output: SchedulerOutput, fails_on: int | None) -> ModelRunnerOutput:
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
