@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 TILE_BYTES = 32 << 10
 """Bytes a program has in flight: on an H200 over PCIe 5 four programs of it fill the link."""
-THREAD_BYTES = 64
-"""Of them a thread moves, in 8-byte words."""
+THREAD_BYTES = 128
+"""Of them a thread moves: 16 of each stripe of a chunk. Where a part ends all threads wait for each
+other to gather their sums; twice as many threads make that so slow that four programs that store
+pages of 8 KiB fill half of the link, instead of 0.73 of it."""
 RUN_BYTES = 32
 PARAMETERS = struct.Struct("@PPPPPPiiiiiii")
 NUMBER_BYTES = 8

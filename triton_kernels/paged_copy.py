@@ -221,8 +221,11 @@ def _paged_copy(
         else:
             value = tl.load(p_cpu, mask=mask, cache_modifier=".cg")
 
-        # While these bytes are under way those of the round before are summed up. Many threads'
-        # sums are gathered only where a part ends: they have to wait for each other then.
+        # While these bytes are under way, what the next round needs is fetched: ids may come over
+        # the link. Then those of the round before are summed up. Many threads' sums are gathered
+        # only where a part ends: they have to wait for each other then.
+        next_item = item + ROWS
+        following = _of_chunks(next_item, end, ids, runs, num_runs, chunks_per_run, WORD)
         if SUM:
             total += _summed(held, held_keys, held_words, lanes, lane_keys)
             one = _part_of(chunk - ROWS, block_chunks, part_chunks, parts)
@@ -233,17 +236,14 @@ def _paged_copy(
             held_place = i_block * (parts + 1) + 1 + i_run // part_runs
             held_keys = (start // WORD + first).to(tl.uint64, bitcast=True) * GOLDEN
 
-        # So is what the next round needs fetched: ids may come over the link. Bytes are streamed
-        # once: first to leave L2, so that the model's stay.
-        item += ROWS
-        i_block, i_run, live, block_id, slot, base, stride, start, words = _of_chunks(
-            item, end, ids, runs, num_runs, chunks_per_run, WORD
-        )
+        # Bytes are streamed once: first to leave L2, so that the model's stay.
         if COPY:
             if STORE:
                 tl.store(p_cpu, value, mask=mask, cache_modifier=".cs")
             else:
                 tl.store(p_gpu, value, mask=mask, eviction_policy="evict_first")
+        item = next_item
+        i_block, i_run, live, block_id, slot, base, stride, start, words = following
     if SUM:
         total += _summed(held, held_keys, held_words, lanes, lane_keys)
         _add(sums, held_place, total, held_live)

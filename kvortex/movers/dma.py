@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 PART_BYTES = 16 << 20
 """Of a copy that are handed to the driver together, and summed up while the next are under way. In
-pages of 64 KiB, half a GiB in one call takes an H200 a third longer than in calls of 8 to 64 MiB.
+pages of 64 KiB, half a GiB in one call reaches 40 GB/s on an H200, and 54 in calls of 8 to 32 MiB.
 """
-SUMMING_PROGRAMS = 8
-"""Twice as many sum up no faster than the link carries, and get in the way of small pages."""
+SUMMING_PROGRAMS = 16
+"""Their end, which nothing hides, then costs less than 1 %; with half as many 2 %."""
 
 
 class DmaMover(Mover):
