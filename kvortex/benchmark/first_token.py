@@ -88,7 +88,7 @@ def _ask(serving: Serving, prompt: list[int], number: int, source: str) -> Sampl
         HOST: int(now.total("vllm:external_prefix_cache_hits_total") - disk),
         DISK: int(disk),
     }
-    if source in served:
+    if source in served:  # LLMEngine of vLLM 0.26 drops the statistics of a step without outputs
         served[source] += max(0, asked.cached - sum(served.values()))
     return Sample(
         length=len(prompt),
