@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
 from kvortex.config import GIB
+from kvortex.control_group import limiting_groups
 from kvortex.core import ConfigError
 
 
 def free_memory_bytes() -> int:
-    """RAM this process may still take: the machine's or its control group's, whichever is less."""
-    available = _meminfo("MemAvailable")
-    limit, used = cgroup_limit_bytes(), _cgroup_number("memory.current")
-    if limit is None or used is None:
-        return available
-    reclaimable = _cgroup_stat("inactive_file")
-    return min(available, limit - used + reclaimable)
+    """RAM this process may still take: the machine's or a control group's, whichever is least."""
+    return min([_meminfo("MemAvailable"), *(group.left for group in limiting_groups())])
 
 
 def cgroup_limit_bytes() -> int | None:
-    """What this process's control group (version 2) may take, None if unlimited or unknown."""
-    return _cgroup_number("memory.max")
+    """What this process's control groups let it take, None if unlimited or unknown."""
+    return min((group.limit for group in limiting_groups()), default=None)
 
 
 def require_free_memory(ram_pool_gb: float, size: int, free: int | None = None) -> None:
@@ -48,24 +43,3 @@ def _meminfo(name: str) -> int:
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_number(name: str) -> int | None:
-    """A number of this process's control group (version 2), None if unlimited or unknown."""
-    try:
-        return int((_cgroup_folder() / name).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _cgroup_stat(name: str) -> int:
-    with contextlib.suppress(OSError):
-        for line in (_cgroup_folder() / "memory.stat").read_text().splitlines():
-            if line.startswith(name + " "):
-                return int(line.split()[1])
-    return 0
-
-
-def _cgroup_folder() -> Path:
-    own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
-    return Path("/sys/fs/cgroup") / own.lstrip("/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
@@ -101,6 +102,23 @@ def test_a_second_server_is_refused(tmp_path: Path) -> None:
         assert read(store, pool, list(BLOCKS), [0, 3]) == [block_bytes(b"a"), block_bytes(b"b")]
     with opened(tmp_path) as (store, _):
         assert len(store.survivors.keys) == 2
+
+
+def test_nobody_waits_for_ever_for_one_that_is_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that was stopped in the midst of opening its cache."""
+    monkeypatch.setattr("kvortex.disk.folder.OPENING_S", 0.3)
+    monkeypatch.setattr("kvortex.disk.folder.SILENT_S", 0.1)
+    fill_disk(tmp_path)
+    with (tmp_path / ".kvortex-lock").open("r+") as stuck:
+        fcntl.flock(stuck, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"another process has held \.kvortex-lock"):
+            opened(tmp_path).__enter__()
+    (told,) = caplog.messages
+    assert "waiting up to" in told
+    with opened(tmp_path) as (store, _):
+        assert len(store.survivors.keys) == len(BLOCKS)
 
 
 def test_two_models_and_two_ranks_never_meet(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -85,6 +86,30 @@ def test_a_pool_that_the_disk_cannot_hold_is_refused(small: Path) -> None:
         pass
     with opened(small, 2, slot_bytes=MIB) as (store, pool):  # which left no file behind
         assert not written(store, pool, BIG)
+
+
+@pytest.mark.parametrize("file_system", ["small", "looped"])
+def test_a_disk_that_others_filled_up_serves_the_next_life(
+    file_system: str, request: pytest.FixtureRequest
+) -> None:
+    """All that a cache needs is set aside already."""
+    path: Path = request.getfixturevalue(file_system)
+    with opened(path, 2, slot_bytes=MIB) as (store, pool):
+        assert not written(store, pool, BIG)
+    with (path / "others").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    for _ in range(2):
+        with opened(path, 2, slot_bytes=MIB) as (store, pool):
+            found = read(store, pool, list(BIG), [0, 1])
+        assert found == [block_bytes(key, slot_bytes=MIB) for key in BIG]
+    (folder,) = path.glob("*/rank-0")
+    assert sorted(one.name for one in folder.iterdir()) == [
+        "lock",
+        "namespace.json",
+        "records",
+        "slots",
+    ]
 
 
 def test_other_models_caches_go_the_longest_unused_first_once_there_is_no_room(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ def config(folder: Path) -> Any:
             dtype=torch.float16,
             quantization=None,
             seed=0,
+            max_model_len=4096,
             hf_config=SimpleNamespace(to_dict=lambda: {"rope_theta": 1}),
         ),
         parallel_config=SimpleNamespace(
@@ -51,7 +53,7 @@ def config(folder: Path) -> Any:
         cache_config=SimpleNamespace(
             cache_dtype="auto", prefix_caching_hash_algo="sha256", kv_cache_layout="NHD"
         ),
-        load_config=SimpleNamespace(load_format="auto"),
+        load_config=SimpleNamespace(load_format="auto", download_dir=None),
         speculative_config=None,
         compilation_config=SimpleNamespace(static_forward_context={"a": Attention("Flash")}),
     )
@@ -76,6 +78,11 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "more weights": lambda c: (Path(c.model_config.model) / "2.safetensors").write_bytes(b"x"),
     "revision": lambda c: setattr(c.model_config, "revision", "v2"),
     "dtype": lambda c: setattr(c.model_config, "dtype", torch.bfloat16),
+    "longest request": lambda c: setattr(c.model_config, "max_model_len", 8192),
+    "images' settings": lambda c: setattr(
+        c.model_config, "multimodal_config", SimpleNamespace(mm_processor_kwargs={"size": 1})
+    ),
+    "model's code": lambda c: (Path(c.model_config.model) / "modeling.py").write_text("x"),
     "quantization": lambda c: setattr(c.model_config, "quantization", "fp8"),
     "model's config": lambda c: setattr(
         c.model_config, "hf_config", SimpleNamespace(to_dict=lambda: {"rope_theta": 2})
@@ -126,6 +133,68 @@ def test_drafts_without_weights_of_their_own_change_nothing(tmp_path: Path) -> N
     assert identity(told) == before
     told.speculative_config = SimpleNamespace()
     assert identity(told) == before
+
+
+@pytest.mark.parametrize("megabytes", [1, 70])
+def test_one_changed_matrix_is_seen_whatever_the_times_say(megabytes: int, tmp_path: Path) -> None:
+    """Of two MiB in a large file; anywhere in a small one."""
+    told, path = config(tmp_path), tmp_path / "model.safetensors"
+    size, changed = megabytes << 20, 1 if megabytes == 1 else 2 << 20
+
+    def written(start: int, count: int) -> bytes:
+        content = bytearray(size)
+        content[start : start + count] = b"x" * count
+        path.write_bytes(content)
+        os.utime(path, ns=(1, 1))
+        return identity(told)
+
+    before = written(0, 0)
+    for start in (0, 5000, size - changed):
+        assert written(start, changed) != before
+    assert written(0, 0) == before
+
+
+def test_weights_elsewhere_are_known_by_their_revision_only(tmp_path: Path) -> None:
+    from kvortex.connector.disk_namespace import weights_are_known
+
+    told = config(tmp_path)
+    assert weights_are_known(told)
+    single = tmp_path / "model.gguf"
+    single.write_bytes(b"weights")
+    told.model_config.model = str(single)
+    assert weights_are_known(told)
+    before = identity(told)
+    single.write_bytes(b"others")
+    assert identity(told) != before
+    (tmp_path / "settings only").mkdir()
+    (tmp_path / "settings only" / "config.json").write_text("{}")
+    for place in (tmp_path / "settings only", "s3://bucket/model", "who/never-downloaded"):
+        told.model_config.model, told.model_config.revision = str(place), None
+        assert not weights_are_known(told)
+        told.model_config.revision = "v1"
+        assert weights_are_known(told)
+    told.model_config.revision = None
+    told.load_config.load_format = "dummy"
+    assert weights_are_known(told)
+
+
+def test_what_was_downloaded_elsewhere_is_found_there(tmp_path: Path) -> None:
+    from kvortex.connector.disk_namespace import weights_are_known
+
+    told = config(tmp_path)
+    told.model_config.model = "who/what"
+    snapshot = tmp_path / "models--who--what" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+    told.load_config.download_dir = str(tmp_path)
+    assert not weights_are_known(told)
+    (snapshot / "model.safetensors").write_bytes(b"weights")
+    assert weights_are_known(told)
+    before = identity(told)
+    (snapshot / "model.safetensors").write_bytes(b"others!")
+    assert identity(told) != before
 
 
 def test_scales_that_are_drawn_at_start_do_not_last() -> None:

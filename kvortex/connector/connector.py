@@ -23,7 +23,7 @@ except ImportError:
     KVConnectorTransferResults = HOST = None
 
 from kvortex.config import ROLE, KVortexConfig
-from kvortex.connector.disk_namespace import bytes_last, keys_last
+from kvortex.connector.disk_namespace import bytes_last, keys_last, weights_are_known
 from kvortex.connector.first_runner import FirstRunner
 from kvortex.connector.geometry import geometry_of, unsupported
 from kvortex.connector.hooks import hooked_layers
@@ -315,6 +315,13 @@ class KVortexConnector(KVConnectorBase_V1, SupportsHMA):
             logger.warning(
                 "disk_path: calculate_kv_scales finds the KV cache's scales anew at each start, so "
                 "nothing on disk is of use after a restart; take them from the checkpoint."
+            )
+            return False
+        if not weights_are_known(vllm_config):
+            logger.warning(
+                "disk_path: the files of this model's weights are not to be seen here, so nothing "
+                "on disk is used after a restart: they might be others. --revision vouches for "
+                "them."
             )
             return False
         if not keys_last(vllm_config):

@@ -11,7 +11,7 @@ import vllm
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
 
-from kvortex.connector.weight_files import weight_files
+from kvortex.connector.weight_files import sees_weights, weight_files
 from kvortex.disk import Namespace
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ def namespace_of(vllm_config: VllmConfig, geometry: Geometry, layout: Layout) ->
         "model": model.model,
         "revision": str(model.revision),
         "dtype": str(model.dtype),
+        # LongRoPE and attention temperature depend on it.
+        "max_model_len": model.max_model_len,
+        "multimodal_processor": str(_processor_settings(model)),
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
         "kv_cache_layout": _layout_name(vllm_config),
         "attention": ", ".join(_backends(vllm_config, geometry)),
@@ -48,15 +51,27 @@ def namespace_of(vllm_config: VllmConfig, geometry: Geometry, layout: Layout) ->
     }
     if vllm_config.load_config.load_format == "dummy":
         told["random_weights"] = model.seed
-    models = [model]
-    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-    if draft is not None and _naming(draft) != _naming(model):  # as with n-grams it is the model
-        told["draft_model"] = ", ".join(_naming(draft))
-        models.append(draft)
-    weights = [(weight_files(m.model, m.revision), str(m.hf_config.to_dict())) for m in models]
+    models = _models(vllm_config)
+    if len(models) > 1:
+        told["draft_model"] = ", ".join(_naming(models[1]))
+    folder = vllm_config.load_config.download_dir
+    weights = [
+        (weight_files(m.model, m.revision, cache_dir=folder), str(m.hf_config.to_dict()))
+        for m in models
+    ]
     pages = [(page.name, page.slot_offset, tuple(page.view.shape[1:])) for page in layout.pages]
     identity = blake2b(json.dumps([told, pages, weights]).encode(), digest_size=32).digest()
     return Namespace(identity, told)
+
+
+def weights_are_known(vllm_config: VllmConfig) -> bool:
+    """Whether other weights would make another cache: their files are to be seen here, or the user
+    vouches for them by naming a revision."""
+    load = vllm_config.load_config
+    return load.load_format == "dummy" or all(
+        model.revision or sees_weights(model.model, model.revision, load.download_dir)
+        for model in _models(vllm_config)
+    )
 
 
 def bytes_last(vllm_config: VllmConfig) -> bool:
@@ -74,6 +89,20 @@ def keys_last(vllm_config: VllmConfig) -> bool:
         return False
     hash_fn = get_hash_fn_by_name(vllm_config.cache_config.prefix_caching_hash_algo)
     return bool(seed_of(hash_fn) == seed_of(hash_fn))
+
+
+def _models(vllm_config: VllmConfig) -> list[ModelConfig]:
+    """The model, and the one that drafts for it, if that is another."""
+    model = vllm_config.model_config
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    if draft is None or _naming(draft) == _naming(model):  # as with n-grams it is the model
+        return [model]
+    return [model, draft]
+
+
+def _processor_settings(model: ModelConfig) -> object:
+    """Those of the server, which need not be in the hash of an image."""
+    return getattr(getattr(model, "multimodal_config", None), "mm_processor_kwargs", None)
 
 
 def _naming(model: ModelConfig) -> tuple[str, ...]:

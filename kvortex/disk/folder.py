@@ -12,9 +12,11 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import stat
+import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 LOCK, ABOUT, RECORDS, SLOTS = "lock", "namespace.json", "records", "slots"
 NEW_ABOUT = ABOUT + ".new"
 OWN_NAMES = (NEW_ABOUT, ABOUT, RECORDS, SLOTS, LOCK)
@@ -34,6 +38,10 @@ LIFE = "life"
 """In what a folder says of itself: drawn by each server that opens it."""
 CHECKSUMS = "checksums"
 """There, too: how those of its records were made."""
+OPENING_S = 60.0
+"""How long another server may take to make or remove caches."""
+SILENT_S, RETRY_S = 2.0, 0.05
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 LONGEST_ABOUT = 1 << 20
 _NAMESPACE = re.compile(r"[0-9a-f]{32}")
@@ -74,18 +82,22 @@ class RankFolder:
     @contextmanager
     def nobody_else_opening(self, *, make: bool = True) -> Iterator[None]:
         """Meanwhile no other server makes, opens or removes a cache under the same `disk_path`."""
-        with held(self.root, ROOT_LOCK, create=make):
+        patience = OPENING_S if make else SILENT_S  # to open again is tried again anyway
+        with held(self.root, ROOT_LOCK, patience=patience, create=make):
             yield
 
     def describe(self, about: Mapping[str, Any]) -> None:
         """Keep `about` as JSON, for people who look into the folder."""
-        fd = open_own(self.fd, NEW_ABOUT, create=True)
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.truncate()
-            json.dump(dict(about), file, indent=1)
-            file.flush()
-            os.fsync(fd)  # a mount that returns is known by it
-        os.rename(NEW_ABOUT, ABOUT, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        text = json.dumps(dict(about), indent=1).encode()
+        try:
+            _written(self.fd, NEW_ABOUT, text)
+            os.rename(NEW_ABOUT, ABOUT, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(NEW_ABOUT, dir_fd=self.fd)
+            if error.errno not in NO_ROOM:
+                raise
+            _written(self.fd, ABOUT, text)  # a full disk has room where the last one is
 
     def close(self) -> None:
         """Let others open it. May be called twice."""
@@ -101,15 +113,14 @@ class RankFolder:
     def _held_alone(self, *, make: bool) -> Iterator[None]:
         with ExitStack() as stack:
             try:
-                lock = stack.enter_context(held(self.fd, LOCK, wait=False, create=make))
+                lock = stack.enter_context(held(self.fd, LOCK, create=make))
             except BlockingIOError:
                 holder = _text(self.fd, LOCK, 32).strip() or "unknown"
                 raise ConfigError(
                     f"another server (process {holder}) keeps its cache of the same model there; "
                     "give each server a disk_path of its own, or end what a killed one left behind"
                 ) from None
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+            os.ftruncate(lock, os.pwrite(lock, f"{os.getpid()}\n".encode(), 0))
             yield
 
 
@@ -161,14 +172,14 @@ def nobody_opening(root: int) -> Iterator[None]:
     """Meanwhile no server opens a cache under an open `disk_path`, and none is refused for it."""
     with ExitStack() as stack:
         with contextlib.suppress(OSError, ConfigError):  # no server was ever here, or not as us
-            stack.enter_context(held(root, ROOT_LOCK, create=False))
+            stack.enter_context(held(root, ROOT_LOCK, patience=OPENING_S, create=False))
         yield
 
 
 def is_held(rank: int) -> bool:
     """Whether a server has an open rank's folder in use; ask while `nobody_opening`."""
     try:
-        with held(rank, LOCK, wait=False, create=False):
+        with held(rank, LOCK, create=False):
             return False
     except BlockingIOError:
         return True
@@ -182,6 +193,17 @@ def _text(folder: int, name: str, longest: int) -> str:
             return os.pread(fd, longest, 0).decode("utf-8", "replace")
     except OSError:
         return ""
+
+
+def _written(folder: int, name: str, content: bytes) -> None:
+    """A file of ours that has this content, also after a power cut: a mount that returns is known
+    by it. The blocks that it has are used again."""
+    fd = open_own(folder, name, create=True)
+    try:
+        os.ftruncate(fd, os.pwrite(fd, content, 0))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 @contextmanager
@@ -211,11 +233,37 @@ def _own_folder(above: int, name: str, *, make: bool) -> Iterator[int]:
 
 
 @contextmanager
-def held(folder: int, name: str, *, wait: bool = True, create: bool = True) -> Iterator[int]:
-    """A locked file; BlockingIOError where another process has it and `wait` is off."""
+def held(folder: int, name: str, *, patience: float = 0, create: bool = True) -> Iterator[int]:
+    """A locked file, which another process may have for `patience` seconds before we give up.
+
+    Raises:
+        BlockingIOError: it still has it.
+    """
     fd = open_own(folder, name, create=create)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        _lock(fd, name, patience)
         yield fd
     finally:
         os.close(fd)
+
+
+def _lock(fd: int, name: str, patience: float) -> None:
+    """Tells after a while what it waits for; a holder that is stopped might have it for ever."""
+    began, told = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            waited = time.monotonic() - began
+            if waited >= patience:
+                raise
+            if waited > SILENT_S and not told:
+                told = True
+                logger.warning(
+                    "Disk cache: waiting up to %.0f s for another server, or a `kvortex disk`, "
+                    "that holds %s.",
+                    patience,
+                    name,
+                )
+            time.sleep(RETRY_S)

@@ -67,7 +67,7 @@ def removed(root: int, name: str) -> bool:
             found = ranks(namespace)
             folders = [stack.enter_context(opened_folder(rank, namespace)) for rank in found]
             for folder in folders:
-                stack.enter_context(held(folder, LOCK, wait=False))
+                stack.enter_context(held(folder, LOCK))
             for rank, folder in zip(found, folders, strict=True):
                 for own in OWN_NAMES:
                     with contextlib.suppress(FileNotFoundError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvortex.config import GIB
 from kvortex.core import ConfigError
-from kvortex.disk.folder import CHECKSUMS, LIFE, RankFolder
+from kvortex.disk.folder import CHECKSUMS, LIFE, NO_ROOM, ROOT_LOCK, RankFolder
 from kvortex.disk.format import FORMAT, RecordFormat, stride
 from kvortex.disk.neighbours import Neighbours
 from kvortex.disk.slots import SlotFiles
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from kvortex.disk.slots import OpenFile
 
 logger = logging.getLogger(__name__)
-
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class OpenCache:
@@ -166,6 +164,11 @@ def _cannot_use(disk_path: Path, error: Exception, size: int) -> str:
         return (
             f"{told}{free:.2f} GiB are free there, and a rank's share of disk_pool_gb is "
             f"{size / GIB:.2f} GiB; lower disk_pool_gb"
+        )
+    if isinstance(error, BlockingIOError):
+        return (
+            f"{told}another process has held {ROOT_LOCK} there for too long; end it, or name "
+            "another disk_path"
         )
     if isinstance(error, OSError):
         return f"{told}{error.strerror}; name a folder of a local drive that you may write to"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvortex.core import ConfigError, KVortexError, printable
 from kvortex.disk.folder import (
     CHECKSUMS,
+    OPENING_S,
     RECORDS,
     ROOT_LOCK,
     SLOTS,
@@ -132,7 +133,7 @@ def clear(path: Path) -> int:
         KVortexError: not all could be removed.
     """
     require_idle(path)
-    with _opened(path) as root, held(root, ROOT_LOCK):
+    with _opened(path) as root, held(root, ROOT_LOCK, patience=OPENING_S):
         removed = remove_idle(root)
         if left := namespaces(root):
             raise KVortexError(f"{path}: {len(left)} caches hold files that are not KVortex's")
