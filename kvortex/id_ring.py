@@ -10,7 +10,8 @@ import torch
 from kvortex.verdicts import Verdicts
 
 if TYPE_CHECKING:
-    from kvortex.core import BlockIds, Direction
+    from kvortex.cargo import Cargo
+    from kvortex.core import Direction
     from kvortex.host_pool import HostPool
     from kvortex.verification import Verification
 
@@ -55,11 +56,12 @@ class IdRing:
         self._written: list[range] = []
         self._lent: deque[tuple[range, Reader]] = deque()
 
-    def write(self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds) -> int:
-        """Write at most `num_rows` rows side by side; returns the number of the first.
+    def write(self, cargo: Cargo) -> int:
+        """Write a row for each block, at most `num_rows`, side by side; returns the first's number.
 
         Waits for the copies that still read those rows, if any.
         """
+        block_ids, slots, seeds = cargo.block_ids, cargo.slots, cargo.seeds
         count = len(block_ids)
         if self._next + count > self.num_rows:
             self._wait_for_all_from(self._next)
