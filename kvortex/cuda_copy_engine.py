@@ -20,6 +20,7 @@ from kvortex.cuda_driver import cuda_driver
 from kvortex.cuda_stopwatch import CudaStopwatch
 from kvortex.cuda_ticket import CudaTicket, EventPool
 from kvortex.id_ring import open_ring
+from kvortex.judgement import Judgement
 from kvortex.lane import Lane
 from kvortex.movers import open_movers
 from kvortex.paged_kernel import tiling_of
@@ -232,11 +233,9 @@ class CudaCopyEngine(CopyEngine):
         ids, places = torch.from_numpy(cargo.block_ids), torch.from_numpy(cargo.slots)
         try:
             paged_copy_reference(pages, ids, places, self.pool.bytes, store=False)
-            ticket = CudaTicket(self._events, self._current_stream())
             wrong = self._wrong(cargo)
-            self._clear(wrong)
-            ticket.add_bad(wrong)
-            return ticket
+            self._clear(wrong)  # before the ticket: whom that lets through finds zeros
+            return CudaTicket(self._events, self._current_stream(), Judgement(lambda: wrong))
         except RuntimeError as error:
             raise TransferError(f"load of {len(cargo)} blocks failed: {error}") from error
 

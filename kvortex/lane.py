@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from kvortex.calibration import ZERO_COPY
 from kvortex.core import Direction
 from kvortex.cuda_driver import cuda_driver
 from kvortex.cuda_ticket import CudaTicket
+from kvortex.judgement import Judgement
 from kvortex.movers import ZeroCopyMover
 
 if TYPE_CHECKING:
@@ -64,16 +66,16 @@ class Lane:
             TransferError: it was not launched, and nothing of it is under way any more.
         """
         stream, summed, count = next(self._streams), self._is_summed(), len(cargo)
-        tickets: list[CudaTicket] = []
+        judgement = None
         with self._all_or_nothing():
             self._driver.wait(stream, before)
             if self._stopwatch is not None:
                 self._stopwatch.begin(count, stream)
             for part in cargo.cut(self._most_blocks):
                 self.movers[mover].submit(part, stream, summed=summed)
-                ticket = CudaTicket(self._events, stream)
-                self._leave_ids(ticket, tickets)
-                tickets.append(ticket)
+                judgement = self._judgement(judgement) if summed else None
+                ticket = CudaTicket(self._events, stream, judgement)
+                self._ids.lend(ticket)
             if self._stopwatch is not None:
                 self._stopwatch.end(count, stream)
         return ticket
@@ -98,17 +100,18 @@ class Lane:
             row = self._ids.write(cargo)
             for runs in parts:
                 mover.launch(row, count, stream, summed=summed, runs=runs)
-                tickets.append(CudaTicket(self._events, stream))
-            self._leave_ids(tickets[-1])
+                judgement = self._judgement() if summed and runs is parts[-1] else None
+                tickets.append(CudaTicket(self._events, stream, judgement))
+            self._ids.lend(tickets[-1])
             if self._stopwatch is not None:
                 self._stopwatch.end(count, stream)
         return tickets
 
-    def _leave_ids(self, ticket: CudaTicket, earlier: Sequence[CudaTicket] = ()) -> None:
-        """The kernels of a ticket read the ids last written; what they find it tells."""
-        rows = self._ids.lend(ticket)
-        if self.direction is Direction.LOAD:
-            ticket.judge(self._ids, rows, list(earlier))
+    def _judgement(self, earlier: Judgement | None = None) -> Judgement | None:
+        """On the blocks whose ids were written last, if they are loaded."""
+        if self.direction is Direction.STORE:
+            return None
+        return Judgement(partial(self._ids.take_bad, self._ids.written), earlier)
 
     def _is_summed(self) -> bool:
         return self._ids.verdicts is not None and self._ids.verdicts.next()
