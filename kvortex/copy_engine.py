@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kvortex.cargo import Cargo
 from kvortex.checksum import checksum_of, signed
 from kvortex.core import Direction, TransferError
 from kvortex.speedometer import LEAST_BYTES, Speedometer
@@ -73,7 +74,6 @@ class CopyEngine(ABC):
         """How fast large copies were of late, whatever ran beside; None if none was measured."""
         return self._speedometers[direction].bytes_per_s
 
-    @abstractmethod
     def copy(
         self,
         direction: Direction,
@@ -93,8 +93,8 @@ class CopyEngine(ABC):
         Raises:
             TransferError: nothing is under way, though some bytes may have been written.
         """
+        return self._copy(direction, self._cargo(block_ids, slots, seeds))
 
-    @abstractmethod
     def load_layers(
         self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds | None = None
     ) -> Sequence[Ticket]:
@@ -105,16 +105,12 @@ class CopyEngine(ABC):
         Raises:
             TransferError: nothing is under way, though some bytes may have been written.
         """
+        return self._load_layers(self._cargo(block_ids, slots, seeds))
 
     def wrong_layers(self, slot: int, seed: int) -> str:  # noqa: ARG002
         """Where a slot does not hold what was stored there from this seed, in words, or nothing if
         that is not known; may be slow."""
         return ""
-
-    def _clear(self, wrong: list[int]) -> None:
-        """Nobody is to compute from bytes that are wrong, which may be no numbers at all."""
-        if wrong:
-            clear_blocks([page.view for page in self.layout.pages], wrong)
 
     @abstractmethod
     def fence(self, ticket: Ticket) -> None:
@@ -123,6 +119,23 @@ class CopyEngine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let copies end and give streams and pinned buffers back; the pool stays."""
+
+    @abstractmethod
+    def _copy(self, direction: Direction, cargo: Cargo) -> Ticket:
+        """What `copy` promises."""
+
+    @abstractmethod
+    def _load_layers(self, cargo: Cargo) -> Sequence[Ticket]:
+        """What `load_layers` promises."""
+
+    def _cargo(self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds | None = None) -> Cargo:
+        """The one place where seeds become what checksums start from."""
+        return Cargo(block_ids, slots, seeds_from(seeds, len(block_ids), self.verification))
+
+    def _clear(self, wrong: list[int]) -> None:
+        """Nobody is to compute from bytes that are wrong, which may be no numbers at all."""
+        if wrong:
+            clear_blocks([page.view for page in self.layout.pages], wrong)
 
 
 class _Arrived(Ticket):
@@ -148,54 +161,44 @@ class CpuCopyEngine(CopyEngine):
         super().__init__(layout, pool, verification)
         self._turns = Turns(verification)
 
-    def copy(
-        self,
-        direction: Direction,
-        block_ids: BlockIds,
-        slots: BlockIds,
-        seeds: BlockIds | None = None,
-    ) -> Ticket:
+    def _copy(self, direction: Direction, cargo: Cargo) -> Ticket:
         pages = [(page.view, page.slot_offset) for page in self.layout.pages]
-        ids, places = torch.from_numpy(block_ids), torch.from_numpy(slots)
+        ids, places = torch.from_numpy(cargo.block_ids), torch.from_numpy(cargo.slots)
         store = direction is Direction.STORE
         began = time.perf_counter()
         try:
             paged_copy_reference(pages, ids, places, self.pool.bytes, store=store)
         except (RuntimeError, IndexError) as error:
             raise TransferError(
-                f"{direction.value} of {len(ids)} blocks failed: {error}"
+                f"{direction.value} of {len(cargo)} blocks failed: {error}"
             ) from error
-        nbytes = len(ids) * self.pool.slot_bytes
+        nbytes = len(cargo) * self.pool.slot_bytes
         if nbytes >= LEAST_BYTES:
             self._speedometers[direction].note(nbytes, time.perf_counter() - began)
         if not self._turns.next(direction):
             return _Arrived()
-        checksums = self._checksums(slots, seeds)
+        checksums = self._checksums(cargo)
         kept = self.pool.checksums.numpy()
         if direction is Direction.LOAD:
-            wrong: list[int] = block_ids[kept[slots] != checksums].tolist()
+            wrong: list[int] = cargo.block_ids[kept[cargo.slots] != checksums].tolist()
             if wrong:
                 self._turns.found_wrong()
             self._clear(wrong)
             return _Arrived(wrong)
-        kept[slots] = checksums
+        kept[cargo.slots] = checksums
         return _Arrived()
 
-    def _checksums(self, slots: BlockIds, seeds: BlockIds | None) -> BlockIds:
+    def _checksums(self, cargo: Cargo) -> BlockIds:
         """Of what the slots hold."""
-        assert self.verification is not None
         memory, size = memoryview(self.pool.bytes.numpy().data).cast("B"), self.pool.slot_bytes
-        starts = seeds_from(seeds, len(slots), self.verification)
         sums = (
             signed(checksum_of(memory[slot * size : (slot + 1) * size], seed))
-            for slot, seed in zip(slots.tolist(), starts.tolist(), strict=True)
+            for slot, seed in zip(cargo.slots.tolist(), cargo.seeds.tolist(), strict=True)
         )
-        return np.fromiter(sums, np.int64, len(slots))
+        return np.fromiter(sums, np.int64, len(cargo))
 
-    def load_layers(
-        self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds | None = None
-    ) -> Sequence[Ticket]:
-        return [self.copy(Direction.LOAD, block_ids, slots, seeds)] * len(self.layout.pages)
+    def _load_layers(self, cargo: Cargo) -> Sequence[Ticket]:
+        return [self._copy(Direction.LOAD, cargo)] * len(self.layout.pages)
 
     def fence(self, ticket: Ticket) -> None:
         """Nothing to do: copies are done when `copy` returns."""

@@ -20,6 +20,7 @@ from kvortex.cuda_driver import cuda_driver
 from kvortex.cuda_stopwatch import CudaStopwatch
 from kvortex.cuda_ticket import CudaTicket, EventPool
 from kvortex.id_ring import open_ring
+from kvortex.judgement import Judgement
 from kvortex.lane import Lane
 from kvortex.movers import open_movers
 from kvortex.paged_kernel import tiling_of
@@ -29,6 +30,7 @@ from kvortex.verification import seeds_from
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from kvortex.cargo import Cargo
     from kvortex.core import BlockIds
     from kvortex.cuda_driver import Handle
     from kvortex.host_pool import HostPool
@@ -104,45 +106,35 @@ class CudaCopyEngine(CopyEngine):
         self._last: dict[Direction, CudaTicket | None] = dict.fromkeys(Direction)
         logger.info("KVortex copies by %s", self._describe(calibration.origin))
 
-    def copy(
-        self,
-        direction: Direction,
-        block_ids: BlockIds,
-        slots: BlockIds,
-        seeds: BlockIds | None = None,
-    ) -> Ticket:
+    def _copy(self, direction: Direction, cargo: Cargo) -> Ticket:
         if self._is_elsewhere():
             with self._at_home():
-                return self.copy(direction, block_ids, slots, seeds)
+                return self._copy(direction, cargo)
         try:
-            ticket = self._submit(direction, block_ids, slots, self._seeds(seeds, block_ids))
+            ticket = self._submit(direction, cargo)
         except Exception as error:
             if direction is Direction.STORE:
                 raise TransferError(f"store could not be launched: {error}") from error
-            ticket = self._load_plainly(block_ids, slots, seeds, error)
+            ticket = self._load_plainly(cargo, error)
         self._last[direction] = ticket
         return ticket
 
-    def load_layers(
-        self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds | None = None
-    ) -> Sequence[Ticket]:
+    def _load_layers(self, cargo: Cargo) -> Sequence[Ticket]:
         """A launch carries as many parts as make LAUNCH_BYTES; its pages share its ticket.
 
         Blocks whose parts cannot be compared, and more than one launch takes, are loaded whole:
         every page then has the same ticket.
         """
-        if not self._knows_parts(slots):
-            return [self.copy(Direction.LOAD, block_ids, slots, seeds)] * len(self.layout.pages)
+        if not self._knows_parts(cargo.slots):
+            return [self._copy(Direction.LOAD, cargo)] * len(self.layout.pages)
         with self._at_home():
             try:
-                lane, launches = self._lanes[Direction.LOAD], self._launches(len(block_ids))
-                starts = self._seeds(seeds, block_ids)
-                tickets = lane.submit_runs(block_ids, slots, starts, self._before(), launches)
+                lane, launches = self._lanes[Direction.LOAD], self._launches(len(cargo))
+                tickets = lane.submit_runs(cargo, self._before(), launches)
                 ends = [runs.stop for runs in launches]
                 tickets = [tickets[bisect_left(ends, end)] for end in self._page_ends]
             except Exception as error:  # noqa: BLE001  (a load was promised, whatever it was)
-                plain = self._load_plainly(block_ids, slots, seeds, error)
-                tickets = [plain] * len(self.layout.pages)
+                tickets = [self._load_plainly(cargo, error)] * len(self.layout.pages)
         self._last[Direction.LOAD] = tickets[-1]
         return tickets
 
@@ -161,7 +153,7 @@ class CudaCopyEngine(CopyEngine):
         return [range(parts[0].start, parts[-1].stop) for parts in several]
 
     def wrong_layers(self, slot: int, seed: int) -> str:
-        (start,) = self._seeds(np.array([seed]), np.array([slot])).tolist()
+        (start,) = seeds_from(np.array([seed]), 1, self.verification).tolist()
         kept = self.pool.running_checksums[:, slot].tolist()
         if UNCOUNTED in kept:
             return ""
@@ -212,17 +204,12 @@ class CudaCopyEngine(CopyEngine):
         self._streams.clear()
         self._last.clear()
 
-    def _seeds(self, seeds: BlockIds | None, block_ids: BlockIds) -> BlockIds:
-        return seeds_from(seeds, len(block_ids), self.verification)
-
-    def _submit(
-        self, direction: Direction, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds
-    ) -> CudaTicket:
+    def _submit(self, direction: Direction, cargo: Cargo) -> CudaTicket:
         lane = self._lanes[direction]
-        mover = self._mover(direction, len(block_ids) * self.pool.slot_bytes)
+        mover = self._mover(direction, len(cargo) * self.pool.slot_bytes)
         if mover not in lane.movers:
             mover = ZERO_COPY
-        return lane.submit(mover, block_ids, slots, seeds, self._before())
+        return lane.submit(mover, cargo, self._before())
 
     def _mover(self, direction: Direction, nbytes: int) -> str:
         """The name of the fastest; only where it matters is the other direction looked at."""
@@ -232,9 +219,7 @@ class CudaCopyEngine(CopyEngine):
         other = self._last[Direction.LOAD if direction is Direction.STORE else Direction.STORE]
         return choice.mover(nbytes, busy=other is not None and not _is_over(other))
 
-    def _load_plainly(
-        self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds | None, reason: Exception
-    ) -> CudaTicket:
+    def _load_plainly(self, cargo: Cargo, reason: Exception) -> CudaTicket:
         """Load without a mover, while the host waits: vLLM was promised these bytes.
 
         vLLM's second model runner never goes back to a failed block, whatever the scheduler says.
@@ -245,22 +230,21 @@ class CudaCopyEngine(CopyEngine):
         """
         logger.warning("A load could not be launched (%s); copying it slowly.", reason)
         pages = [(page.view, page.slot_offset) for page in self.layout.pages]
-        ids, places = torch.from_numpy(block_ids), torch.from_numpy(slots)
+        ids, places = torch.from_numpy(cargo.block_ids), torch.from_numpy(cargo.slots)
         try:
             paged_copy_reference(pages, ids, places, self.pool.bytes, store=False)
-            ticket = CudaTicket(self._events, self._current_stream())
-            wrong = self._wrong(block_ids, slots, self._seeds(seeds, block_ids))
-            self._clear(wrong)
-            ticket.add_bad(wrong)
-            return ticket
+            wrong = self._wrong(cargo)
+            self._clear(wrong)  # before the ticket: whom that lets through finds zeros
+            return CudaTicket(self._events, self._current_stream(), Judgement(lambda: wrong))
         except RuntimeError as error:
-            raise TransferError(f"load of {len(ids)} blocks failed: {error}") from error
+            raise TransferError(f"load of {len(cargo)} blocks failed: {error}") from error
 
-    def _wrong(self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds) -> list[int]:
+    def _wrong(self, cargo: Cargo) -> list[int]:
         """Blocks whose slot does not hold what was stored, found slowly by the CPU."""
         if self.verification is None or not self.verification.on:
             return []
-        rows = zip(block_ids.tolist(), slots.tolist(), seeds.tolist(), strict=True)
+        columns = (cargo.block_ids, cargo.slots, cargo.seeds)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
         end = self._parts[-1].stop
         return [
             block_id
@@ -314,23 +298,24 @@ class CudaCopyEngine(CopyEngine):
             TransferError: it cannot.
         """
         first = np.zeros(1, np.int64)
-        seeds = self._seeds(None, first)
+        cargo = self._cargo(first, first)
         for direction in (Direction.STORE, Direction.LOAD):
             lane = self._lanes[direction]
             for mover in lane.movers:
-                lane.submit(mover, first, first, seeds, self._before()).wait()
+                lane.submit(mover, cargo, self._before()).wait()
         self._probe()
 
     def _probe(self) -> None:
         """Copy up to PROBE_BYTES both ways, so that the link is known from the first load on."""
         most = max(1, PROBE_BYTES // self.pool.slot_bytes)
         some = np.arange(min(most, self.pool.num_ready_slots, self.layout.num_blocks))
+        cargo = self._cargo(some, some)
         for direction in (Direction.STORE, Direction.LOAD):  # so that blocks stay as they are
             began = time.perf_counter()
-            self._submit(direction, some, some, self._seeds(None, some)).wait()
+            self._submit(direction, cargo).wait()
             seconds = time.perf_counter() - began
             if self.bytes_per_s(direction) is None:  # too few for the stopwatch
-                self._speedometers[direction].note(len(some) * self.pool.slot_bytes, seconds)
+                self._speedometers[direction].note(len(cargo) * self.pool.slot_bytes, seconds)
 
     def _describe(self, origin: str) -> str:
         told = [

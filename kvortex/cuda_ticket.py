@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvortex.cuda_driver import Handle
-    from kvortex.id_ring import IdRing
+    from kvortex.judgement import Judgement
 
 POLL_SECONDS = 50e-6
 
@@ -51,27 +51,25 @@ class EventPool:
 
 
 class CudaTicket(Ticket):
-    """Done when the GPU has passed the point of `stream` at which this was made."""
+    """Done when the GPU has passed the point of `stream` at which this was made.
 
-    def __init__(self, events: EventPool, stream: Handle) -> None:
+    Args:
+        events: where its own comes from.
+        stream: of CUDA.
+        judgement: on what was loaded up to that point, settled as soon as it is known to be passed;
+            None if nobody judges that.
+    """
+
+    def __init__(
+        self, events: EventPool, stream: Handle, judgement: Judgement | None = None
+    ) -> None:
         self._driver = cuda_driver()
         self._events = events
         self._event: Handle | None = None
-        self._ids: IdRing | None = None
-        self._rows: Sequence[range] = ()
-        self._parts: Sequence[CudaTicket] = ()
-        self._bad: list[int] = []
+        self._judgement = judgement
         event = events.take()
         self._driver.record(event, stream)
         self._event = event
-
-    def judge(self, ids: IdRing, rows: Sequence[range], parts: Sequence[CudaTicket] = ()) -> None:
-        """Have `bad_block_ids` tell of these rows, and of what earlier tickets of a copy tell."""
-        self._ids, self._rows, self._parts = ids, rows, parts
-
-    def add_bad(self, block_ids: list[int]) -> None:
-        """Blocks that somebody else found to be wrong."""
-        self._bad = block_ids
 
     @property
     def done(self) -> bool:
@@ -82,17 +80,13 @@ class CudaTicket(Ticket):
                 return False
             self._events.give(self._event)
         self._event = None
-        if self._ids is not None:
-            self._bad = [block_id for rows in self._rows for block_id in self._ids.take_bad(rows)]
+        if self._judgement is not None:
+            self._judgement.settle()
         return True
 
     @property
-    def bad_block_ids(self) -> list[int]:
-        bad = list(self._bad)
-        for part in self._parts:  # on the same stream, before this one
-            if part.done:
-                bad += part.bad_block_ids
-        return bad
+    def bad_block_ids(self) -> Sequence[int]:
+        return self._judgement.bad_block_ids if self._judgement is not None else ()
 
     def __del__(self) -> None:
         """Nobody looks any more: who waits for the event already does, so it may be used again."""

@@ -10,7 +10,10 @@ import torch
 from kvortex.verdicts import Verdicts
 
 if TYPE_CHECKING:
-    from kvortex.core import BlockIds, Direction
+    from collections.abc import Iterable
+
+    from kvortex.cargo import Cargo
+    from kvortex.core import Direction
     from kvortex.host_pool import HostPool
     from kvortex.verification import Verification
 
@@ -35,7 +38,7 @@ class Reader(Protocol):
 
 class IdRing:
     """Rows of block id, slot and seed as int64, written in turn and lent to kernels until they
-    ended. A submission allocates nothing. One thread.
+    ended. A submission allocates nothing. `written` are the rows that are not lent yet. One thread.
 
     Args:
         num_rows: of the ring.
@@ -52,14 +55,15 @@ class IdRing:
         self._numbers = self.rows.numpy()
         self._cells = memoryview(self._numbers.data).cast("B").cast("q")
         self._next = 0
-        self._written: list[range] = []
+        self.written: list[range] = []
         self._lent: deque[tuple[range, Reader]] = deque()
 
-    def write(self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds) -> int:
-        """Write at most `num_rows` rows side by side; returns the number of the first.
+    def write(self, cargo: Cargo) -> int:
+        """Write a row for each block, at most `num_rows`, side by side; returns the first's number.
 
         Waits for the copies that still read those rows, if any.
         """
+        block_ids, slots, seeds = cargo.block_ids, cargo.slots, cargo.seeds
         count = len(block_ids)
         if self._next + count > self.num_rows:
             self._wait_for_all_from(self._next)
@@ -78,29 +82,30 @@ class IdRing:
             self._numbers[start:end, 2] = seeds
         self._next = end
         if count:
-            self._written.append(range(start, end))
+            self.written.append(range(start, end))
         return start
 
-    def lend(self, reader: Reader) -> list[range]:
-        """Leave the rows written since the last call to a copy; returns which they are."""
-        written = self.take_back()
-        for rows in written:
+    def lend(self, reader: Reader) -> None:
+        """Leave the rows that are written to a copy."""
+        for rows in self.take_back():
             self._lent.append((rows, reader))
         if len(self._lent) > MANY:
             while self._lent and self._lent[0][1].done:
                 self._lent.popleft()
-        return written
 
     def take_back(self) -> list[range]:
-        """The rows written since the last call, which nobody reads yet, or any more."""
-        written, self._written = self._written, []
+        """The rows that are written, of which nobody reads any yet, or any more; now none are."""
+        written, self.written = self.written, []
         return written
 
-    def take_bad(self, rows: range) -> list[int]:
+    def take_bad(self, rows: Iterable[range]) -> list[int]:
         """Block ids of lent rows whose bytes were found wrong since the last call."""
         if self.verdicts is None:
             return []
-        return self.verdicts.take(rows, self._numbers[rows.start : rows.stop, 0])
+        bad: list[int] = []
+        for one in rows:
+            bad += self.verdicts.take(one, self._numbers[one.start : one.stop, 0])
+        return bad
 
     def _wait_for_all_from(self, row: int) -> None:
         """Rows of the last lap that lie ahead: behind them in line are those that begin anew."""

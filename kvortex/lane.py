@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,13 @@ from kvortex.calibration import ZERO_COPY
 from kvortex.core import Direction
 from kvortex.cuda_driver import cuda_driver
 from kvortex.cuda_ticket import CudaTicket
+from kvortex.judgement import Judgement
 from kvortex.movers import ZeroCopyMover
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from kvortex.core import BlockIds
+    from kvortex.cargo import Cargo
     from kvortex.cuda_driver import Handle
     from kvortex.cuda_stopwatch import CudaStopwatch
     from kvortex.cuda_ticket import EventPool
@@ -57,48 +59,36 @@ class Lane:
         self._stopwatch = stopwatch
         self._driver = cuda_driver()
 
-    def submit(
-        self, mover: str, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds, before: Handle
-    ) -> CudaTicket:
+    def submit(self, mover: str, cargo: Cargo, before: Handle) -> CudaTicket:
         """Start a copy once the event `before` is reached.
 
         Raises:
             TransferError: it was not launched, and nothing of it is under way any more.
         """
-        stream, most = next(self._streams), self._most_blocks
-        summed = self._is_summed()
-        tickets: list[CudaTicket] = []
+        stream, summed, count = next(self._streams), self._is_summed(), len(cargo)
+        judgement = None
         with self._all_or_nothing():
             self._driver.wait(stream, before)
             if self._stopwatch is not None:
-                self._stopwatch.begin(len(block_ids), stream)
-            for start in range(0, len(block_ids) or 1, most):
-                part = slice(start, start + most)
-                self.movers[mover].submit(
-                    block_ids[part], slots[part], seeds[part], stream, summed=summed
-                )
-                ticket = CudaTicket(self._events, stream)
-                self._leave_ids(ticket, tickets)
-                tickets.append(ticket)
+                self._stopwatch.begin(count, stream)
+            for part in cargo.cut(self._most_blocks):
+                self.movers[mover].submit(part, stream, summed=summed)
+                judgement = self._judgement(judgement) if summed else None
+                ticket = CudaTicket(self._events, stream, judgement)
+                self._ids.lend(ticket)
             if self._stopwatch is not None:
-                self._stopwatch.end(len(block_ids), stream)
+                self._stopwatch.end(count, stream)
         return ticket
 
-    def submit_runs(
-        self,
-        block_ids: BlockIds,
-        slots: BlockIds,
-        seeds: BlockIds,
-        before: Handle,
-        parts: Sequence[range],
-    ) -> list[CudaTicket]:
+    def submit_runs(self, cargo: Cargo, before: Handle, parts: Sequence[range]) -> list[CudaTicket]:
         """As `submit` by zero-copy, one part of the run table after the other, each its ticket.
 
         Raises:
             TransferError: nothing of it is under way any more.
         """
-        if len(block_ids) > self._most_blocks:
-            return [self.submit(ZERO_COPY, block_ids, slots, seeds, before)] * len(parts)
+        count = len(cargo)
+        if count > self._most_blocks:
+            return [self.submit(ZERO_COPY, cargo, before)] * len(parts)
         stream, mover = next(self._streams), self.movers[ZERO_COPY]
         assert isinstance(mover, ZeroCopyMover)
         summed = self._is_summed()
@@ -106,21 +96,22 @@ class Lane:
         with self._all_or_nothing():
             self._driver.wait(stream, before)
             if self._stopwatch is not None:
-                self._stopwatch.begin(len(block_ids), stream)
-            row = self._ids.write(block_ids, slots, seeds)
+                self._stopwatch.begin(count, stream)
+            row = self._ids.write(cargo)
             for runs in parts:
-                mover.launch(row, len(block_ids), stream, summed=summed, runs=runs)
-                tickets.append(CudaTicket(self._events, stream))
-            self._leave_ids(tickets[-1])
+                mover.launch(row, count, stream, summed=summed, runs=runs)
+                judgement = self._judgement() if summed and runs is parts[-1] else None
+                tickets.append(CudaTicket(self._events, stream, judgement))
+            self._ids.lend(tickets[-1])
             if self._stopwatch is not None:
-                self._stopwatch.end(len(block_ids), stream)
+                self._stopwatch.end(count, stream)
         return tickets
 
-    def _leave_ids(self, ticket: CudaTicket, earlier: Sequence[CudaTicket] = ()) -> None:
-        """The kernels of a ticket read the ids last written; what they find it tells."""
-        rows = self._ids.lend(ticket)
-        if self.direction is Direction.LOAD:
-            ticket.judge(self._ids, rows, list(earlier))
+    def _judgement(self, earlier: Judgement | None = None) -> Judgement | None:
+        """On the blocks whose ids were written last, if they are loaded."""
+        if self.direction is Direction.STORE:
+            return None
+        return Judgement(partial(self._ids.take_bad, self._ids.written), earlier)
 
     def _is_summed(self) -> bool:
         return self._ids.verdicts is not None and self._ids.verdicts.next()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kvortex.calibration import DMA, STAGED, ZERO_COPY, Calibration, Choice
+from kvortex.cargo import Cargo
 from kvortex.core import Direction
 from kvortex.cuda_driver import cuda_driver
 from kvortex.cuda_ticket import CudaTicket, EventPool
@@ -97,8 +98,9 @@ class Rig:
         part = slice(first, None if count is None else first + count)
         (mover,) = lane.movers
         cuda_driver().record(self._entered, torch.cuda.current_stream(self._device).cuda_stream)
-        seeds = self.block_ids[part]  # any will do
-        return lane.submit(mover, self.block_ids[part], self.slots[part], seeds, self._entered)
+        ids = self.block_ids[part]
+        cargo = Cargo(ids, self.slots[part], seeds=ids)  # any seeds will do
+        return lane.submit(mover, cargo, self._entered)
 
     def start_both(self, lanes: Mapping[Direction, Lane]) -> None:
         """Store one half of the blocks while the other is loaded."""

@@ -15,7 +15,7 @@ from kvortex.layout import Layout, make_layout
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvortex.core import BlockIds
+    from kvortex.cargo import Cargo
     from kvortex.verification import Verification
 
 GARBAGE = 0xEE
@@ -74,29 +74,20 @@ class CommandedCopyEngine(CopyEngine):
     def waiting(self) -> list[CommandedTicket]:
         return [ticket for ticket in self.tickets if not ticket.ended]
 
-    def copy(
-        self,
-        direction: Direction,
-        block_ids: BlockIds,
-        slots: BlockIds,
-        seeds: BlockIds | None = None,
-    ) -> Ticket:
+    def _copy(self, direction: Direction, cargo: Cargo) -> Ticket:
         assert not self.closed
         if self.refuse:
             raise TransferError("refused on command")
         ticket = CommandedTicket(
-            lambda: self._inner.copy(direction, block_ids, slots, seeds),
-            lambda: self._spoil(direction, block_ids, slots),
+            lambda: self._inner._copy(direction, cargo), lambda: self._spoil(direction, cargo)
         )
         self.tickets.append(ticket)
         self.directions.append(direction)
         return ticket
 
-    def load_layers(
-        self, block_ids: BlockIds, slots: BlockIds, seeds: BlockIds | None = None
-    ) -> list[Ticket]:
+    def _load_layers(self, cargo: Cargo) -> list[Ticket]:
         """One copy after the other, each of which brings whole blocks."""
-        return [self.copy(Direction.LOAD, block_ids, slots, seeds) for _ in self.layout.pages]
+        return [self._copy(Direction.LOAD, cargo) for _ in self.layout.pages]
 
     def fence(self, ticket: Ticket) -> None:
         self.fenced.append(ticket)
@@ -106,12 +97,12 @@ class CommandedCopyEngine(CopyEngine):
             ticket.finish()
         self.closed = True
 
-    def _spoil(self, direction: Direction, block_ids: BlockIds, slots: BlockIds) -> None:
+    def _spoil(self, direction: Direction, cargo: Cargo) -> None:
         if direction is Direction.STORE:
-            self.pool.bytes[torch.from_numpy(slots)] = GARBAGE
+            self.pool.bytes[torch.from_numpy(cargo.slots)] = GARBAGE
         else:
             for page in self.layout.pages:
-                page.view[torch.from_numpy(block_ids)] = GARBAGE
+                page.view[torch.from_numpy(cargo.block_ids)] = GARBAGE
 
 
 def open_commanded(

@@ -25,6 +25,7 @@ from kvortex.core import Direction
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from kvortex.cargo import Cargo
     from kvortex.core import BlockIds
 
 pytest.importorskip("vllm")
@@ -90,23 +91,23 @@ class BadMemory:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, flips: Direction, share: float) -> None:
         engine = worker_of_this_process()._copy_engine
-        self._copy, self._pool = engine.copy, engine.pool
+        self._copy, self._pool = engine._copy, engine.pool
         self._flips, self._share = flips, share
         self._draw = random.Random(flips.value)
         self._flipped: set[int] = set()
         self.loaded: list[int] = []
         """Flipped slots, as often as they were loaded."""
-        monkeypatch.setattr(engine, "copy", self.copy)
+        monkeypatch.setattr(engine, "_copy", self.copy)
 
-    def copy(self, direction: Direction, block_ids: BlockIds, slots: BlockIds, *rest: Any) -> Any:
+    def copy(self, direction: Direction, cargo: Cargo) -> Ticket:
         if direction is Direction.STORE:
-            self._flipped.difference_update(slots.tolist())
-            ticket = self._copy(direction, block_ids, slots, *rest)
-            self._flip_some(direction, slots)
+            self._flipped.difference_update(cargo.slots.tolist())
+            ticket: Ticket = self._copy(direction, cargo)
+            self._flip_some(direction, cargo.slots)
             return ticket
-        self._flip_some(direction, slots)
-        self.loaded += self._flipped & set(slots.tolist())
-        return Late(self._copy(direction, block_ids, slots, *rest))
+        self._flip_some(direction, cargo.slots)
+        self.loaded += self._flipped & set(cargo.slots.tolist())
+        return Late(self._copy(direction, cargo))
 
     def _flip_some(self, direction: Direction, slots: BlockIds) -> None:
         """Not twice in one slot: that might undo the first."""

@@ -180,6 +180,7 @@ def test_what_is_not_what_was_stored_is_found_and_nothing_else(
             ticket = engine.copy(LOAD, *where) if whole else engine.load_layers(*where)[-1]
             assert ticket.wait()
             found.update(ticket.bad_block_ids)
+            assert len(set(ticket.bad_block_ids)) == len(ticket.bad_block_ids)
             loads += 1
             start = part.stop
     if verify == "always":
@@ -244,6 +245,35 @@ def test_blocks_of_which_only_the_whole_is_known_are_loaded_whole(
     ticket = engine.load_layers(*where)[0]
     assert ticket.wait()
     assert ticket.bad_block_ids == [5]
+    engine.close()
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_who_waits_for_a_load_without_a_kernel_finds_what_is_wrong_cleared(
+    by_layer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = SimulatedDriver(0)
+    simulate(monkeypatch, driver)
+    kv, engine = simulated_engine(monkeypatch, CHOICES[1], blocks=BLOCKS, page=PAGE)
+    where = np.arange(BLOCKS), np.arange(BLOCKS)
+    assert engine.copy(STORE, *where).wait()
+    engine.pool.bytes[7, 0] ^= 1
+    record, held = driver.record, list[bool]()
+
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError("no room for the kernel")
+
+    def seen(event: int, stream: int) -> None:
+        held.append(bool(kv["a"][7].any()))
+        record(event, stream)
+
+    monkeypatch.setattr("simulated_gpu.SimulatedKernel.launch", broken)
+    monkeypatch.setattr(driver, "record", seen)
+    ticket = engine.load_layers(*where)[0] if by_layer else engine.copy(LOAD, *where)
+    assert held[-1] is False  # the ticket's event comes last
+    assert ticket.wait()
+    assert ticket.bad_block_ids == [7]
+    assert torch.equal(kv["a"][8:], engine.pool.bytes[8:, :PAGE])
     engine.close()
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sequences import up_to
 
+from kvortex.cargo import Cargo
 from kvortex.id_ring import MANY, IdRing
 from kvortex.movers.dma import merged
 from kvortex.movers.staged import in_order_of_slots
@@ -27,6 +28,11 @@ class Copy:
 
 def ids(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.int64)
+
+
+def alike(*numbers: int) -> Cargo:
+    """Blocks whose slots and seeds are the same numbers."""
+    return Cargo(ids(*numbers), ids(*numbers), ids(*numbers))
 
 
 @pytest.mark.fuzz
@@ -59,48 +65,50 @@ def test_merged_pieces_name_the_same_bytes_in_the_same_order(
 
 
 def test_slots_come_in_order_with_their_blocks() -> None:
-    blocks, slots, seeds = in_order_of_slots(ids(7, 8, 9), ids(5, 1, 3), ids(70, 80, 90))
-    assert slots.tolist() == [1, 3, 5]
-    assert blocks.tolist() == [8, 9, 7]
-    assert seeds.tolist() == [80, 90, 70]
+    cargo = in_order_of_slots(Cargo(ids(7, 8, 9), ids(5, 1, 3), ids(70, 80, 90)))
+    assert cargo.slots.tolist() == [1, 3, 5]
+    assert cargo.block_ids.tolist() == [8, 9, 7]
+    assert cargo.seeds.tolist() == [80, 90, 70]
 
 
 def test_a_slot_for_two_blocks_stays_with_both() -> None:
-    blocks, slots, seeds = in_order_of_slots(ids(7, 8, 9), ids(5, 5, 3), ids(70, 80, 90))
-    assert slots.tolist() == [3, 5, 5]
-    assert blocks.tolist() == [9, 7, 8]
-    assert seeds.tolist() == [90, 70, 80]
+    cargo = in_order_of_slots(Cargo(ids(7, 8, 9), ids(5, 5, 3), ids(70, 80, 90)))
+    assert cargo.slots.tolist() == [3, 5, 5]
+    assert cargo.block_ids.tolist() == [9, 7, 8]
+    assert cargo.seeds.tolist() == [90, 70, 80]
 
 
 def test_ids_are_written_side_by_side() -> None:
     ring = IdRing(64)
-    assert ring.write(ids(1, 2), ids(3, 4), ids(-5, 6)) == 0
-    assert ring.write(np.arange(20), np.arange(20, 40), np.arange(40, 60)) == 2
+    assert ring.write(Cargo(ids(1, 2), ids(3, 4), ids(-5, 6))) == 0
+    assert ring.write(Cargo(np.arange(20), np.arange(20, 40), np.arange(40, 60))) == 2
     assert ring.rows[:3].tolist() == [[1, 3, -5], [2, 4, 6], [0, 20, 40]]
     assert ring.rows[21].tolist() == [19, 39, 59]
-    assert ring.lend(Copy()) == [range(2), range(2, 22)]
+    assert ring.written == [range(2), range(2, 22)]
+    ring.lend(Copy())
+    assert ring.written == []
 
 
 def test_rows_are_written_again_only_after_their_readers_ended() -> None:
     ring = IdRing(4)
     slow, other = Copy(), Copy()
-    ring.write(ids(1, 2), ids(1, 2), ids(1, 2))
+    ring.write(alike(1, 2))
     ring.lend(slow)
-    ring.write(ids(3), ids(3), ids(3))
+    ring.write(alike(3))
     ring.lend(other)
     assert not slow.waited
-    assert ring.write(ids(4, 5), ids(4, 5), ids(4, 5)) == 0
+    assert ring.write(alike(4, 5)) == 0
     assert slow.waited
     assert not other.waited
     ring.lend(Copy())
-    ring.write(ids(6), ids(6), ids(6))
+    ring.write(alike(6))
     assert other.waited
 
 
 def test_ended_readers_are_forgotten() -> None:
     ring = IdRing(1 << 16)
     for _ in range(10 * MANY):
-        ring.write(ids(1), ids(1), ids(1))
+        ring.write(alike(1))
         ring.lend(Copy(done=True))
         assert len(ring._lent) <= MANY + 1
 
@@ -113,8 +121,7 @@ def test_ended_readers_are_forgotten() -> None:
 def test_no_row_is_written_while_a_copy_reads_it(counts: list[int], ended: list[int]) -> None:
     ring, copies = IdRing(33), list[tuple[Copy, int, int]]()
     for number, count in enumerate(counts):
-        numbers = np.full(count, number)
-        start = ring.write(numbers, numbers, numbers)
+        start = ring.write(alike(*[number] * count))
         for copy, first, last in copies:
             assert copy.done or first == last or last <= start or first >= start + count
         copies.append((Copy(), start, start + count))

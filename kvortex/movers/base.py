@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvortex.core import BlockIds
+    from kvortex.cargo import Cargo
     from kvortex.cuda_driver import Handle
 
 
@@ -14,21 +14,11 @@ class Mover(ABC):
     """Puts copies of one direction on a stream and returns at once; called by one thread only."""
 
     @abstractmethod
-    def submit(
-        self,
-        block_ids: BlockIds,
-        slots: BlockIds,
-        seeds: BlockIds,
-        stream: Handle,
-        *,
-        summed: bool,
-    ) -> None:
+    def submit(self, cargo: Cargo, stream: Handle, *, summed: bool) -> None:
         """Copy blocks after the stream's work so far; what it is given next comes after them.
 
         Args:
-            block_ids: int64 (n,).
-            slots: int64 (n,), the slot of each block.
-            seeds: int64 (n,), what the checksum of each block starts from.
+            cargo: any number of blocks, also none.
             stream: of CUDA.
             summed: keep the checksum of what is stored, or judge what is loaded.
 

@@ -15,6 +15,7 @@ from kvortex.cuda_driver import cuda_driver
 from kvortex.movers.base import Mover
 
 if TYPE_CHECKING:
+    from kvortex.cargo import Cargo
     from kvortex.core import BlockIds
     from kvortex.cuda_driver import Addresses, Handle
     from kvortex.cuda_ticket import EventPool
@@ -65,21 +66,15 @@ class DmaMover(Mover):
         self._piece_slots = pool.piece_slots
         self._driver = cuda_driver()
 
-    def submit(
-        self,
-        block_ids: BlockIds,
-        slots: BlockIds,
-        seeds: BlockIds,
-        stream: Handle,
-        *,
-        summed: bool,
-    ) -> None:
-        row = self._ids.write(block_ids, slots, seeds) if summed else 0
-        for start in range(0, len(block_ids), self._part_blocks):
-            part = slice(start, start + self._part_blocks)
-            self._copy(block_ids[part], slots[part], stream)
+    def submit(self, cargo: Cargo, stream: Handle, *, summed: bool) -> None:
+        if not len(cargo):
+            return
+        row = self._ids.write(cargo) if summed else 0
+        for part in cargo.cut(self._part_blocks):
+            self._copy(part, stream)
             if summed:
-                self._sum_up(row + start, len(block_ids[part]), stream)
+                self._sum_up(row, len(part), stream)
+                row += len(part)
         if summed:
             self._driver.record(self._summed, self._side)
             self._driver.wait(stream, self._summed)
@@ -92,12 +87,12 @@ class DmaMover(Mover):
         ids, slots = self._ids.address, int(self._slots)
         self._kernel.launch(ids, row, slots, count, SUMMING_PROGRAMS, self._side, summed=True)
 
-    def _copy(self, block_ids: BlockIds, slots: BlockIds, stream: Handle) -> None:
-        ids, places = block_ids.astype(np.uint64)[:, None], slots.astype(np.uint64)[:, None]
+    def _copy(self, cargo: Cargo, stream: Handle) -> None:
+        ids, places = (of.astype(np.uint64)[:, None] for of in (cargo.block_ids, cargo.slots))
         gpu = (self._base + ids * self._stride).ravel()
         host = (self._slots + places * self._slot_bytes + self._offset).ravel()
-        pieces = np.repeat(slots // self._piece_slots, len(self._size))
-        gpu, host, sizes = merged(gpu, host, np.tile(self._size, len(block_ids)), pieces)
+        pieces = np.repeat(cargo.slots // self._piece_slots, len(self._size))
+        gpu, host, sizes = merged(gpu, host, np.tile(self._size, len(cargo)), pieces)
         if self._store:
             self._driver.copy_batch(host, gpu, sizes, stream)
         else:

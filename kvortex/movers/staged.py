@@ -13,6 +13,7 @@ from kvortex.id_ring import ROW_BYTES
 from kvortex.movers.base import Mover
 
 if TYPE_CHECKING:
+    from kvortex.cargo import Cargo
     from kvortex.core import BlockIds
     from kvortex.cuda_driver import Handle
     from kvortex.cuda_ticket import EventPool
@@ -72,19 +73,11 @@ class StagedMover(Mover):
         ]
         self._ready = events.take()
 
-    def submit(
-        self,
-        block_ids: BlockIds,
-        slots: BlockIds,
-        seeds: BlockIds,
-        stream: Handle,
-        *,
-        summed: bool,
-    ) -> None:
-        if not len(slots):
+    def submit(self, cargo: Cargo, stream: Handle, *, summed: bool) -> None:
+        if not len(cargo):
             return
-        block_ids, slots, seeds = in_order_of_slots(block_ids, slots, seeds)
-        row, ids = self._ids.write(block_ids, slots, seeds), self._ids.address
+        cargo = in_order_of_slots(cargo)
+        slots, row, ids = cargo.slots, self._ids.write(cargo), self._ids.address
         self._driver.record(self._ready, stream)
         apart = (slots[1:] != slots[:-1] + 1) | (slots[1:] % self._piece_slots == 0)
         breaks = np.flatnonzero(apart) + 1
@@ -157,11 +150,9 @@ class StagedMover(Mover):
             self._driver.copy_batch(packed, hosts, sizes, stream)
 
 
-def in_order_of_slots(
-    block_ids: BlockIds, slots: BlockIds, seeds: BlockIds
-) -> tuple[BlockIds, BlockIds, BlockIds]:
+def in_order_of_slots(cargo: Cargo) -> Cargo:
     """Neighbouring slots side by side, so that one DMA copy serves them."""
+    slots = cargo.slots
     if (slots[1:] > slots[:-1]).all():
-        return block_ids, slots, seeds
-    order = np.argsort(slots, kind="stable")
-    return block_ids[order], slots[order], seeds[order]
+        return cargo
+    return cargo[np.argsort(slots, kind="stable")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kvortex.movers.base import Mover
 
 if TYPE_CHECKING:
-    from kvortex.core import BlockIds
+    from kvortex.cargo import Cargo
     from kvortex.cuda_driver import Handle
     from kvortex.id_ring import IdRing
     from kvortex.paged_kernel import PagedKernel
@@ -29,17 +29,8 @@ class ZeroCopyMover(Mover):
         self._slots = slots
         self._ids = ids
 
-    def submit(
-        self,
-        block_ids: BlockIds,
-        slots: BlockIds,
-        seeds: BlockIds,
-        stream: Handle,
-        *,
-        summed: bool,
-    ) -> None:
-        row = self._ids.write(block_ids, slots, seeds)
-        self.launch(row, len(block_ids), stream, summed=summed)
+    def submit(self, cargo: Cargo, stream: Handle, *, summed: bool) -> None:
+        self.launch(self._ids.write(cargo), len(cargo), stream, summed=summed)
 
     def launch(
         self, row: int, count: int, stream: Handle, *, summed: bool, runs: range | None = None
