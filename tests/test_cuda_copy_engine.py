@@ -32,7 +32,7 @@ BLOCKS = 120
 CHOICES = [
     Choice(STAGED, STAGED, 0, 0, 4),
     Choice(ZERO_COPY, STAGED, 8 * SLOT, 3 * SLOT, 4),
-    Choice(DMA, STAGED, 5 * SLOT, 5 * SLOT, 4),
+    Choice(DMA, STAGED, 60 * SLOT, 30 * SLOT, 4),
     Choice(ZERO_COPY, ZERO_COPY, 0, 0, 4),
 ]
 
@@ -62,6 +62,7 @@ def test_exact_whatever_overtakes_what(
         cuda_copy_engine__ID_ROWS=draw.choice([64, 256, 4096]),
         movers__factory__BUFFER_BYTES=SLOT * draw.choice([2, 5, 16]),
         movers__staged__LEAST_CHUNK_BYTES=draw.choice([1, 2 * SLOT]),
+        movers__dma__PART_BYTES=7 * SLOT,
         cuda_stopwatch__LEAST_BYTES=draw.choice([1, 20 * SLOT]),
     )
     kv, engine = simulated_engine(
@@ -154,6 +155,7 @@ def test_what_is_not_what_was_stored_is_found_and_nothing_else(
         cuda_copy_engine__LAUNCH_BYTES=draw.choice([1, BLOCKS * PAGE]),
         movers__factory__BUFFER_BYTES=SLOT * 5,
         movers__staged__LEAST_CHUNK_BYTES=SLOT,
+        movers__dma__PART_BYTES=7 * SLOT,
     )
     _, engine = simulated_engine(
         monkeypatch, choice, blocks=BLOCKS, page=PAGE, piece_slots=16, verify=verify
