@@ -64,13 +64,18 @@ def defaults() -> Calibration:
     """Safe on any machine, good on an H200 and an H100 over PCIe 5 (bench/bench_transfer.py).
 
     There staging carries pages of any size at 0.97 to 0.99 of a memcpy; the DMA engine alone comes
-    to 0.92 with pages of 2 MiB.
+    to 0.92 with pages of 2 MiB. Eight programs fill the link but for the smallest pages
+    (bench/bench_verification.py).
     """
-    choices = {
-        Direction.STORE: Choice(ZERO_COPY, STAGED, 4 << 20, 4 << 20, 8),
-        Direction.LOAD: Choice(ZERO_COPY, STAGED, 32 << 20, 8 << 20, 8),
+    choices = {page: _default(programs) for page, programs in ((4 << 10, 16), (8 << 10, 8))}
+    return Calibration(choices, "defaults; `kvortex tune` measures this machine")
+
+
+def _default(programs: int) -> dict[Direction, Choice]:
+    return {
+        Direction.STORE: Choice(ZERO_COPY, STAGED, 4 << 20, 4 << 20, programs),
+        Direction.LOAD: Choice(ZERO_COPY, STAGED, 32 << 20, 8 << 20, programs),
     }
-    return Calibration({1: choices}, "defaults; `kvortex tune` measures this machine")
 
 
 def load_calibration(device: torch.device) -> Calibration:
