@@ -1,0 +1,128 @@
+"""Contents: what is in one rank's folder, as far as it can be read, for those who only look."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, Any
+
+from kvortex.disk.folder import CHECKSUMS, RECORDS, SLOTS, opened_file, read_about
+from kvortex.disk.format import RECORD_BYTES, RecordFormat, peek, stride
+from kvortex.disk.recount import recount
+from kvortex.disk.scheme import Scheme
+from kvortex.disk.verified import Verdict
+
+if TYPE_CHECKING:
+    from kvortex.disk.format import Record, Survivors
+
+LARGEST_TABLE = 1 << 30
+LARGEST_SLOT = 1 << 32
+"""A description that speaks of more was not written by us."""
+
+
+class Contents:
+    """An open rank's folder: what it says of itself, its table of records and what is valid in it.
+
+    `unreadable` says of each file why it could not be read; where that is the table, there are no
+    records here, whatever is on the disk.
+    """
+
+    def __init__(self, folder: int, namespace: str, rank: int) -> None:
+        self._folder = folder
+        self.unreadable: dict[str, str] = {}
+        self.about: dict[str, Any] = read_about(folder)
+        self.packed = self._read_records()
+        self._format, self.slot_bytes = self._with_size(bytes.fromhex(namespace), rank)
+        self._scheme = Scheme.read(self.about.get(CHECKSUMS), self.slot_bytes)
+        self.found: Survivors = self._format.read_table(memoryview(self.packed))
+
+    def count_damaged(self) -> int:
+        """Of the records that are not valid, those that are not what was written there."""
+        return len(self._format.damaged(memoryview(self.packed))) if self.found.invalid else 0
+
+    def check(self, slot: int) -> Verdict:
+        """Whether a block that was found is what was written."""
+        record = peek(self.packed, slot)
+        if self._scheme is None or record is None:
+            return Verdict.NOT_VERIFIABLE
+        return self._compare(self._scheme, slot, record)
+
+    def _with_size(self, digest: bytes, rank: int) -> tuple[RecordFormat, int]:
+        """How to read the records, and a slot's size: what they tell of it is known to be whole,
+        and outlives what the folder says of itself."""
+        size = _slot_bytes(self.about)
+        told = RecordFormat(digest, rank, size).told_slot_bytes(memoryview(self.packed))
+        size = size if told is None else told
+        return RecordFormat(digest, rank, size), size
+
+    def _compare(self, scheme: Scheme, slot: int, record: Record) -> Verdict:
+        try:
+            with opened_file(SLOTS, self._folder) as file:
+                block = read_whole(file, self.slot_bytes, slot * stride(self.slot_bytes))
+        except OSError as error:
+            self.unreadable.setdefault(SLOTS, why_unreadable(self._folder, SLOTS, error))
+            return Verdict.UNREAD
+        whole = len(block) == self.slot_bytes
+        same = whole and recount(scheme, record.key, memoryview(block)) == record.checksum
+        return Verdict.GOOD if same else Verdict.CORRUPT
+
+    def _read_records(self) -> bytes:
+        try:
+            with opened_file(RECORDS, self._folder) as file:
+                size = os.fstat(file).st_size
+                if size > LARGEST_TABLE:
+                    self.unreadable[RECORDS] = f"is larger than {LARGEST_TABLE} bytes"
+                packed = read_whole(file, min(size, LARGEST_TABLE), 0)
+        except OSError as error:
+            # A start that was cut off leaves neither file; then there is nothing to be missed.
+            if not isinstance(error, FileNotFoundError) or self._has(RECORDS) or self._has(SLOTS):
+                self.unreadable[RECORDS] = why_unreadable(self._folder, RECORDS, error)
+            return b""
+        return bytes(packed[: len(packed) // RECORD_BYTES * RECORD_BYTES])
+
+    def _has(self, name: str) -> bool:
+        try:
+            os.stat(name, dir_fd=self._folder, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
+
+def why_unreadable(folder: int | None, name: str, error: OSError) -> str:
+    """What `error` says of a name in an open folder, in words that fit behind the name."""
+    try:
+        mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return "is not there"
+    except OSError:
+        mode = 0
+    if stat.S_ISLNK(mode):
+        return "is a link"
+    if error.errno == errno.ENOTDIR:
+        return "is no folder"
+    if error.errno == errno.ENOENT:  # as `opened_file` says
+        return "is no file"
+    return f"cannot be read: {error.strerror}"
+
+
+def read_whole(file: int, size: int, offset: int) -> bytearray:
+    """`size` bytes of an open file, or fewer where it ends before.
+
+    Raises:
+        OSError: the drive does not give them, be it only the last ones.
+    """
+    found, done = bytearray(size), 0
+    with memoryview(found) as memory:
+        while done < size:
+            count = os.preadv(file, [memory[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+    del found[done:]
+    return found
+
+
+def _slot_bytes(about: dict[str, Any]) -> int:
+    told = about.get("slot_bytes")
+    return told if isinstance(told, int) and 0 < told < LARGEST_SLOT else 1

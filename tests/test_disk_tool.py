@@ -1,0 +1,155 @@
+"""`kvortex disk` where something is wrong: it says what, and ends with 0 only if all is well."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from disks import SLOT_BYTES, opened, written
+
+from kvortex.cli import main
+from kvortex.disk.folder import RECORDS, SLOTS
+from kvortex.disk.format import RECORD_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BLOCKS = {b"a": 0, b"b": 3}
+
+
+def filled(path: Path) -> Path:
+    """The folder of a cache with two blocks in eight slots."""
+    with opened(path) as (store, pool):
+        assert not written(store, pool, BLOCKS)
+    return next(path.glob("*/rank-0"))
+
+
+def asked(capsys: pytest.CaptureFixture[str], *command: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error."""
+    capsys.readouterr()
+    code = main(["disk", *command])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Have reads of a file fail from a byte on."""
+    preadv = os.preadv
+
+    def fail(name: str, start: int) -> None:
+        def read(fd: int, memory: list[memoryview], offset: int) -> int:
+            if Path(f"/proc/self/fd/{fd}").readlink().name == name:
+                if offset >= start:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                memory = [memory[0][: start - offset]]
+            return preadv(fd, memory, offset)
+
+        monkeypatch.setattr(os, "preadv", read)
+
+    return fail
+
+
+@pytest.mark.parametrize("start", [0, RECORD_BYTES])
+def test_a_table_that_the_drive_does_not_give_is_no_empty_one(
+    start: int,
+    tmp_path: Path,
+    failing: Callable[[str, int], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = (filled(tmp_path) / RECORDS).relative_to(tmp_path)
+    failing(RECORDS, start)
+    told = f"kvortex: {place} cannot be read: Input/output error\n"
+    code, out, err = asked(capsys, "inspect", str(tmp_path))
+    assert (code, err) == (1, told)
+    assert "not known" in out
+    code, out, err = asked(capsys, "verify", str(tmp_path))
+    assert (code, out, err) == (1, "0 blocks are good, 0 are corrupt\n", told)
+
+
+@pytest.mark.parametrize("start", [0, SLOT_BYTES // 2])
+def test_a_block_that_the_drive_does_not_give_is_not_called_corrupt(
+    start: int,
+    tmp_path: Path,
+    failing: Callable[[str, int], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = (filled(tmp_path) / SLOTS).relative_to(tmp_path)
+    failing(SLOTS, 3 * SLOT_BYTES + start)
+    code, out, err = asked(capsys, "verify", str(tmp_path))
+    assert out == "1 blocks are good, 0 are corrupt, 1 could not be read\n"
+    assert (code, err) == (1, f"kvortex: {place} cannot be read: Input/output error\n")
+
+
+def test_a_table_of_garbage_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (filled(tmp_path) / RECORDS).write_bytes(os.urandom(8 * RECORD_BYTES))
+    code, out, _ = asked(capsys, "verify", str(tmp_path))
+    told = "0 blocks are good, 0 are corrupt; 8 records are damaged, whose blocks are lost\n"
+    assert (code, out) == (1, told)
+    code, out, _ = asked(capsys, "inspect", str(tmp_path))
+    assert code == 1
+    assert "(rank 0): 8 records are damaged" in out
+
+
+def test_a_record_in_the_place_of_another_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = filled(tmp_path) / RECORDS
+    table = records.read_bytes()
+    records.write_bytes(table[-RECORD_BYTES:] + table[3 * RECORD_BYTES :][:RECORD_BYTES] * 7)
+    code, out, _ = asked(capsys, "verify", "--json", str(tmp_path))
+    found = json.loads(out)
+    assert (code, found["good"], found["damaged_records"], found["not_served"]) == (1, 1, 6, 0)
+
+
+def test_what_was_written_after_a_reset_is_not_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(tmp_path) as (store, pool):
+        store.clear()
+        assert not written(store, pool, BLOCKS)
+    code, out, _ = asked(capsys, "verify", "--json", str(tmp_path))
+    found = json.loads(out)
+    assert (code, found["damaged_records"], found["not_served"]) == (0, 0, 2)
+
+
+def test_folders_that_cannot_be_opened_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rank = filled(tmp_path)
+    linked = rank.relative_to(tmp_path)
+    rank.rename(tmp_path / "elsewhere")
+    rank.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / ("a" * 32)).write_text("")
+    for command in ("inspect", "verify"):
+        code, _, err = asked(capsys, command, str(tmp_path))
+        told = {f"kvortex: {'a' * 32} is no folder", f"kvortex: {linked} is a link"}
+        assert (code, set(err.splitlines())) == (1, told)
+
+
+def test_a_start_that_was_cut_off_left_nothing_to_be_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = filled(tmp_path)
+    (folder / RECORDS).unlink()
+    (folder / SLOTS).unlink()
+    for command in ("inspect", "verify"):
+        code, _, err = asked(capsys, command, str(tmp_path))
+        assert (code, err) == (0, "")
+
+
+def test_a_drive_that_lists_nothing_has_not_no_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def listdir(_: int) -> list[str]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    for command in ("inspect", "verify", "clear"):
+        code, _, err = asked(capsys, command, str(tmp_path))
+        told = f"kvortex: {tmp_path}: its caches cannot be listed: Input/output error\n"
+        assert (code, err) == (1, told)
