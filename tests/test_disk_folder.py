@@ -299,8 +299,10 @@ def test_inspect_and_verify_and_clear(
         "corrupt": 0,
         "not_verifiable": 0,
         "unread": 0,
+        "changed": 0,
         "damaged_records": 0,
         "not_served": 0,
+        "disturbed": False,
         "unreadable": {},
     }
     with (folder / "slots").open("r+b") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,15 @@ import pytest
 from disks import SLOT_BYTES, opened, written
 
 from kvortex.cli import main
+from kvortex.disk import tool
 from kvortex.disk.folder import RECORDS, SLOTS
 from kvortex.disk.format import RECORD_BYTES
+from kvortex.disk.tool import clear, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from kvortex.disk.cache_info import Inspection
 
 BLOCKS = {b"a": 0, b"b": 3}
 
@@ -153,3 +158,99 @@ def test_a_drive_that_lists_nothing_has_not_no_caches(
         code, _, err = asked(capsys, command, str(tmp_path))
         told = f"kvortex: {tmp_path}: its caches cannot be listed: Input/output error\n"
         assert (code, err) == (1, told)
+
+
+DISTURBED = "a server opened a cache meanwhile, or removed one to make room"
+
+
+def test_a_server_that_starts_while_blocks_are_read_makes_none_corrupt(tmp_path: Path) -> None:
+    filled(tmp_path)
+    with ExitStack() as stack:
+
+        def progress(done: int, _: int) -> None:
+            if done == 1:
+                store, pool = stack.enter_context(opened(tmp_path))
+                assert not written(store, pool, BLOCKS, 1)
+
+        found = verify(tmp_path, progress)
+    told = "1 blocks are good, 0 are corrupt, 1 were changed before they were compared"
+    assert str(found) == f"{told}\n{DISTURBED}"
+    assert not found.is_whole
+    again = verify(tmp_path, lambda *_: None)
+    assert str(again) == "2 blocks are good, 0 are corrupt"
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_server_that_starts_and_changes_nothing_is_told_of(tmp_path: Path, stays: bool) -> None:
+    filled(tmp_path)
+    with ExitStack() as stack:
+
+        def progress(done: int, _: int) -> None:
+            if done == 1:
+                stack.enter_context(opened(tmp_path))
+                if not stays:
+                    stack.close()
+
+        found = verify(tmp_path, progress)
+    assert str(found) == f"2 blocks are good, 0 are corrupt\n{DISTURBED}"
+    assert found.is_whole
+
+
+@pytest.fixture
+def when_found_idle(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Have something done once, right after a folder was found idle."""
+    idle = tool.require_idle
+
+    def arrange(act: Callable[[], object]) -> None:
+        def require_idle(path: Path) -> Inspection:
+            monkeypatch.setattr(tool, "require_idle", idle)
+            found = idle(path)
+            act()
+            return found
+
+        monkeypatch.setattr(tool, "require_idle", require_idle)
+
+    return arrange
+
+
+def test_a_server_that_was_there_before_the_first_block_is_told_of(
+    tmp_path: Path, when_found_idle: Callable[[Callable[[], object]], None]
+) -> None:
+    filled(tmp_path)
+    with ExitStack() as stack:
+        when_found_idle(lambda: stack.enter_context(opened(tmp_path)))
+        assert verify(tmp_path, lambda *_: None).disturbed
+
+
+def test_a_cache_that_is_removed_before_the_first_block_is_told_of(
+    tmp_path: Path, when_found_idle: Callable[[Callable[[], object]], None]
+) -> None:
+    filled(tmp_path)
+    when_found_idle(lambda: clear(tmp_path))
+    found = verify(tmp_path, lambda *_: None)
+    assert (found.blocks, found.disturbed) == (0, True)
+
+
+def test_a_cache_that_is_removed_meanwhile_is_not_called_unreadable(tmp_path: Path) -> None:
+    filled(tmp_path)
+
+    def progress(done: int, _: int) -> None:
+        if done == 1:
+            clear(tmp_path)
+
+    found = verify(tmp_path, progress)
+    assert (found.good, found.changed, found.disturbed) == (1, 1, True)
+    assert not found.unreadable
+
+
+def test_a_record_that_is_half_written_is_not_damaged(tmp_path: Path) -> None:
+    records = filled(tmp_path) / RECORDS
+    whole = records.read_bytes()
+    records.write_bytes(whole[:RECORD_BYTES] + whole[RECORD_BYTES:].replace(b"b", b"c", 1))
+    assert verify(tmp_path, lambda *_: None).damaged_records == 1
+
+    def progress(*_: int) -> None:
+        records.write_bytes(whole)
+
+    found = verify(tmp_path, progress)
+    assert (found.good, found.damaged_records) == (1, 0)

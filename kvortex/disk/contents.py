@@ -7,7 +7,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
-from kvortex.disk.folder import CHECKSUMS, RECORDS, SLOTS, opened_file, read_about
+from kvortex.disk.folder import CHECKSUMS, LIFE, RECORDS, SLOTS, opened_file, read_about
 from kvortex.disk.format import RECORD_BYTES, RecordFormat, peek, stride
 from kvortex.disk.recount import recount
 from kvortex.disk.scheme import Scheme
@@ -39,14 +39,41 @@ class Contents:
 
     def count_damaged(self) -> int:
         """Of the records that are not valid, those that are not what was written there."""
-        return len(self._format.damaged(memoryview(self.packed))) if self.found.invalid else 0
+        if not self.found.invalid:
+            return 0
+        damaged = self._format.damaged(memoryview(self.packed))
+        return sum(not self._is_changed(slot) for slot in damaged)  # else they were half written
 
     def check(self, slot: int) -> Verdict:
-        """Whether a block that was found is what was written."""
+        """Whether a block that was found is what was written.
+
+        Nothing keeps a server from starting meanwhile. It takes a slot's record away before it
+        writes to the slot: bytes are not the record's only where that is there still.
+        """
         record = peek(self.packed, slot)
         if self._scheme is None or record is None:
             return Verdict.NOT_VERIFIABLE
-        return self._compare(self._scheme, slot, record)
+        verdict, why = self._compare(self._scheme, slot, record)
+        if verdict is not Verdict.GOOD and self._is_changed(slot):
+            return Verdict.CHANGED
+        if why is not None:
+            self.unreadable.setdefault(SLOTS, why)
+        return verdict
+
+    def is_as_it_was(self) -> bool:
+        """Whether no server has opened the cache since, and nobody removed it."""
+        return read_about(self._folder).get(LIFE) == self.about.get(LIFE)
+
+    def _is_changed(self, slot: int) -> bool:
+        start = slot * RECORD_BYTES
+        try:
+            with opened_file(RECORDS, self._folder) as file:
+                now = read_whole(file, RECORD_BYTES, start)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # the drive's fault, and nobody's change
+        return now != self.packed[start : start + RECORD_BYTES]
 
     def _with_size(self, digest: bytes, rank: int) -> tuple[RecordFormat, int]:
         """How to read the records, and a slot's size: what they tell of it is known to be whole,
@@ -56,16 +83,16 @@ class Contents:
         size = size if told is None else told
         return RecordFormat(digest, rank, size), size
 
-    def _compare(self, scheme: Scheme, slot: int, record: Record) -> Verdict:
+    def _compare(self, scheme: Scheme, slot: int, record: Record) -> tuple[Verdict, str | None]:
+        """And why it could not be read."""
         try:
             with opened_file(SLOTS, self._folder) as file:
                 block = read_whole(file, self.slot_bytes, slot * stride(self.slot_bytes))
         except OSError as error:
-            self.unreadable.setdefault(SLOTS, why_unreadable(self._folder, SLOTS, error))
-            return Verdict.UNREAD
+            return Verdict.UNREAD, why_unreadable(self._folder, SLOTS, error)
         whole = len(block) == self.slot_bytes
         same = whole and recount(scheme, record.key, memoryview(block)) == record.checksum
-        return Verdict.GOOD if same else Verdict.CORRUPT
+        return Verdict.GOOD if same else Verdict.CORRUPT, None
 
     def _read_records(self) -> bytes:
         try:

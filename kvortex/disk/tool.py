@@ -41,15 +41,17 @@ def inspect(path: Path) -> Inspection:
     with _opened(path) as root:
         for namespace, rank, folder in _folders(path, root, found.unreadable):
             contents = Contents(folder, namespace, rank)
-            with nobody_opening(root):  # only now: a server that starts waits for it
-                in_use = is_held(folder)
-            found.caches.append(_info(folder, namespace, rank, in_use, contents))
+            info = _info(folder, namespace, rank, _in_use(root, folder), contents)
+            found.caches.append(info)
             _note(found.unreadable, namespace, rank, contents)
     return found
 
 
 def verify(path: Path, progress: Callable[[int, int], None]) -> Verified:
     """Read every block and compare its checksum.
+
+    A server that starts meanwhile is not held up: that may take hours. What it changes is not
+    compared.
 
     Args:
         path: a `disk_path` that no server uses.
@@ -59,18 +61,27 @@ def verify(path: Path, progress: Callable[[int, int], None]) -> Verified:
         ConfigError: it cannot be opened, or is in use.
         KVortexError: its caches cannot be listed.
     """
-    total, verified = require_idle(path).blocks, Verified()
+    seen, verified = require_idle(path), Verified()
+    missed = {(info.namespace, info.rank) for info in seen.caches}
     with _opened(path) as root:
         for namespace, rank, folder in _folders(path, root, verified.unreadable):
+            verified.disturbed |= (namespace, rank) not in missed
+            missed.discard((namespace, rank))
             contents = Contents(folder, namespace, rank)
-            for slot in sorted(contents.found.slots.tolist()):
-                verified.count(contents.check(slot))
-                progress(verified.blocks, max(total, verified.blocks))
-            damaged = contents.count_damaged()
-            verified.damaged_records += damaged
-            verified.not_served += contents.found.invalid - damaged
+            _check(contents, verified, lambda done: progress(done, max(seen.blocks, done)))
             _note(verified.unreadable, namespace, rank, contents)
+            verified.disturbed |= not contents.is_as_it_was() or _in_use(root, folder)
+    verified.disturbed |= bool(missed)
     return verified
+
+
+def _check(contents: Contents, verified: Verified, progress: Callable[[int], None]) -> None:
+    for slot in sorted(contents.found.slots.tolist()):
+        verified.count(contents.check(slot))
+        progress(verified.blocks)
+    damaged = contents.count_damaged()
+    verified.damaged_records += damaged
+    verified.not_served += contents.found.invalid - damaged
 
 
 def clear(path: Path) -> int:
@@ -160,6 +171,11 @@ def _ranks(namespace: int, name: str, unreadable: dict[str, str]) -> list[str]:
     except OSError as error:
         unreadable[name] = f"cannot be listed: {error.strerror}"
         return []
+
+
+def _in_use(root: int, folder: int) -> bool:
+    with nobody_opening(root):  # no longer: a server that starts waits for it
+        return is_held(folder)
 
 
 def _note(unreadable: dict[str, str], namespace: str, rank: int, contents: Contents) -> None:

@@ -14,6 +14,7 @@ class Verdict(StrEnum):
     CORRUPT = "corrupt"
     NOT_VERIFIABLE = "not_verifiable"
     UNREAD = "unread"
+    CHANGED = "changed"
 
 
 @dataclass(slots=True)
@@ -26,10 +27,14 @@ class Verified:
     """What the cache says of their checksums was not written by us."""
     unread: int = 0
     """The drive did not give their bytes."""
+    changed: int = 0
+    """A server wrote to their slots, or somebody removed them, before they were compared."""
     damaged_records: int = 0
     """Torn, or in the place of another: nobody can find their blocks any more."""
     not_served: int = 0
     """Whole records that no server looks for: written after a reset, or by another version."""
+    disturbed: bool = False
+    """A server opened a cache meanwhile, or a cache was removed."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Names below the `disk_path`, and why each."""
 
@@ -57,8 +62,12 @@ class Verified:
             told += f", {self.not_verifiable} are not verifiable"
         if self.unread:
             told += f", {self.unread} could not be read"
+        if self.changed:
+            told += f", {self.changed} were changed before they were compared"
         if self.damaged_records:
             told += f"; {self.damaged_records} records are damaged, whose blocks are lost"
         if self.not_served:
             told += f"; {self.not_served} records are of no server's any more, and were left out"
+        if self.disturbed:
+            told += "\na server opened a cache meanwhile, or removed one to make room"
         return told
