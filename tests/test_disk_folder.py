@@ -304,6 +304,7 @@ def test_inspect_and_verify_and_clear(
         "not_served": 0,
         "disturbed": False,
         "unreadable": {},
+        "untried": {},
     }
     with (folder / "slots").open("r+b") as file:
         file.seek(3 * SLOT_BYTES + 77)

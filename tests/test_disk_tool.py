@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from contextlib import ExitStack
@@ -202,9 +203,9 @@ def when_found_idle(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], o
     idle = tool.require_idle
 
     def arrange(act: Callable[[], object]) -> None:
-        def require_idle(path: Path) -> Inspection:
+        def require_idle(path: Path, **how: bool) -> Inspection:
             monkeypatch.setattr(tool, "require_idle", idle)
-            found = idle(path)
+            found = idle(path, **how)
             act()
             return found
 
@@ -254,3 +255,86 @@ def test_a_record_that_is_half_written_is_not_damaged(tmp_path: Path) -> None:
 
     found = verify(tmp_path, progress)
     assert (found.good, found.damaged_records) == (1, 0)
+
+
+@pytest.fixture
+def another_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be one."""
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have files opened as on a mount that is read-only."""
+    open_file = os.open
+
+    def opened_there(name: str | Path, flags: int, *args: int, **kwargs: int) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(name))
+        return open_file(name, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", opened_there)
+
+
+@pytest.mark.parametrize("who", ["another_user", "read_only"])
+def test_who_cannot_try_the_lock_does_not_say_that_it_is_free(
+    who: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    user = os.geteuid()
+    why = {
+        "another_user": f"belongs to user {user}",
+        "read_only": "cannot be opened: Read-only file system",
+    }[who]
+    with opened(tmp_path) as (store, pool):
+        assert not written(store, pool, BLOCKS)
+        place = next(tmp_path.glob("*/rank-0/lock")).relative_to(tmp_path)
+        request.getfixturevalue(who)
+        code, out, _ = asked(capsys, "inspect", str(tmp_path))
+        assert code == 0
+        assert out.splitlines()[1].endswith("not known")
+        assert out.splitlines()[-1] == f"a server may use it, nobody can tell: {place} {why}"
+        code, out, _ = asked(capsys, "inspect", "--json", str(tmp_path))
+        found = json.loads(out)
+        assert found["caches"][0]["in_use"] is None
+        assert found["untried"] == {str(place): why}
+        code, out, _ = asked(capsys, "verify", str(tmp_path))
+        told = f"a server may be writing, nobody can tell: {place} {why}\n"
+        assert (code, out) == (0, f"2 blocks are good, 0 are corrupt\n{told}")
+        for answer in ([], ["--yes"]):
+            code, _, err = asked(capsys, "clear", *answer, str(tmp_path))  # before it asks
+            assert code == 2
+            assert err == (
+                f"kvortex: {tmp_path}: nothing was removed, as a server may be using it: {place} "
+                f"{why}; run this as the user of the servers, where the drive can be written, or "
+                "stop them and remove the folder yourself\n"
+            )
+    assert len(list(tmp_path.glob("*/rank-0/*"))) == 4
+
+
+def test_a_file_system_without_locks_tells_nothing_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(_fd: int, _how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    place = next(filled(tmp_path).glob("lock")).relative_to(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    code, _, err = asked(capsys, "clear", "--yes", str(tmp_path))
+    assert code == 2
+    assert f"{place} cannot be tried;" in err
+
+
+@pytest.mark.parametrize("lock", ["*/rank-0/lock", ".kvortex-lock"])
+def test_clear_advises_nobody_to_remove_a_lock(
+    lock: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(tmp_path)
+    file = next(tmp_path.glob(lock))
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    code, _, err = asked(capsys, "clear", "--yes", str(tmp_path))
+    assert code == 2
+    told = f"a server may be using it: {file.relative_to(tmp_path)} is a link, or no file; run this"
+    assert told in err
+    assert len(list(tmp_path.glob("*/rank-0/*"))) == 4

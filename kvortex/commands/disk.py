@@ -46,6 +46,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(json.dumps(found.as_dict()))
     elif found.caches or not found.unreadable:
         print(table(found.caches) if found.caches else f"no caches in {arguments.path}")
+        for place, why in found.untried.items():
+            print(f"a server may use it, nobody can tell: {place} {why}")
     _complain(found.unreadable)
     return outcome.OK if found.is_whole else outcome.FAILED
 
@@ -70,7 +72,7 @@ def _clear(arguments: argparse.Namespace) -> int:
     path: Path = arguments.path
     removed = count_caches(path)
     if removed:  # else nothing is touched: the folder may not be ours
-        found = require_idle(path)
+        found = require_idle(path, certainly=True)
         what = f"{found.blocks} blocks" + (", and what cannot be read," if found.unreadable else "")
         if not arguments.yes and not _confirms(f"remove {what} in {path}?"):
             print("kvortex: nothing was removed", file=sys.stderr)

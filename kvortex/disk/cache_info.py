@@ -16,7 +16,7 @@ class CacheInfo:
 
     namespace: str
     rank: int
-    in_use: bool
+    in_use: bool | None
     slot_bytes: int
     slots: int | None
     used: int | None
@@ -43,11 +43,14 @@ class Inspection:
     caches: list[CacheInfo] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
     """Names below the `disk_path`, and why each."""
+    untried: dict[str, str] = field(default_factory=dict)
+    """Likewise, locks that cannot be tried: whether a server holds them is not known."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether all was read, and is as it was written, as far as one sees who only looks."""
-        damaged = any(info.damaged for info in self.caches if not info.in_use)  # else half written
+        """Whether all was read, and is as it was written, as far as one sees who only looks:
+        while a server writes, some records may be half written."""
+        damaged = any(info.damaged for info in self.caches if info.in_use is False)
         return not damaged and not self.unreadable
 
     @property
@@ -74,7 +77,7 @@ def table(infos: list[CacheInfo]) -> str:
     damaged = [
         f"{info.namespace[:12]} (rank {info.rank}): {info.damaged} records are damaged"
         for info in infos
-        if info.damaged and not info.in_use
+        if info.damaged and info.in_use is False
     ]
     return "\n".join(line.rstrip() for line in [*lines, *about, *damaged])
 
@@ -89,7 +92,7 @@ def _row(info: CacheInfo) -> tuple[str, ...]:
         _size(info.disk_bytes),
         _age(info.newest_age),
         _age(info.oldest_age),
-        "yes" if info.in_use else "no",
+        {True: "yes", False: "no", None: UNKNOWN}[info.in_use],
     )
 
 

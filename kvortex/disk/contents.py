@@ -7,6 +7,8 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
+from kvortex.core import ConfigError
+from kvortex.disk.file import open_own
 from kvortex.disk.folder import CHECKSUMS, LIFE, RECORDS, SLOTS, opened_file, read_about
 from kvortex.disk.format import RECORD_BYTES, RecordFormat, peek, stride
 from kvortex.disk.recount import recount
@@ -131,6 +133,22 @@ def why_unreadable(folder: int | None, name: str, error: OSError) -> str:
     if error.errno == errno.ENOENT:  # as `opened_file` says
         return "is no file"
     return f"cannot be read: {error.strerror}"
+
+
+def why_untried(folder: int, name: str) -> str | None:
+    """What keeps us from trying a lock in an open folder; None if nothing does, or it is away."""
+    try:
+        os.close(open_own(folder, name, create=False))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"cannot be opened: {error.strerror}"
+    except ConfigError:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            return "is a link, or no file"
+        return f"belongs to user {found.st_uid}"
+    return None
 
 
 def read_whole(file: int, size: int, offset: int) -> bytearray:

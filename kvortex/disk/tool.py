@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from kvortex.core import ConfigError, KVortexError
 from kvortex.disk.cache_info import CacheInfo, Inspection
-from kvortex.disk.contents import Contents, why_unreadable
+from kvortex.disk.contents import Contents, why_unreadable, why_untried
 from kvortex.disk.folder import (
+    LOCK,
     RECORDS,
     ROOT_LOCK,
     SLOTS,
@@ -43,6 +44,9 @@ def inspect(path: Path) -> Inspection:
             contents = Contents(folder, namespace, rank)
             info = _info(folder, namespace, rank, _in_use(root, folder), contents)
             found.caches.append(info)
+            if info.in_use is None:
+                why = why_untried(folder, LOCK) or "cannot be tried"
+                found.untried[f"{namespace}/rank-{rank}/{LOCK}"] = why
             _note(found.unreadable, namespace, rank, contents)
     return found
 
@@ -61,7 +65,8 @@ def verify(path: Path, progress: Callable[[int, int], None]) -> Verified:
         ConfigError: it cannot be opened, or is in use.
         KVortexError: its caches cannot be listed.
     """
-    seen, verified = require_idle(path), Verified()
+    seen = require_idle(path)
+    verified = Verified(untried=seen.untried)
     missed = {(info.namespace, info.rank) for info in seen.caches}
     with _opened(path) as root:
         for namespace, rank, folder in _folders(path, root, verified.unreadable):
@@ -70,7 +75,7 @@ def verify(path: Path, progress: Callable[[int, int], None]) -> Verified:
             contents = Contents(folder, namespace, rank)
             _check(contents, verified, lambda done: progress(done, max(seen.blocks, done)))
             _note(verified.unreadable, namespace, rank, contents)
-            verified.disturbed |= not contents.is_as_it_was() or _in_use(root, folder)
+            verified.disturbed |= not contents.is_as_it_was() or _in_use(root, folder) is True
     verified.disturbed |= bool(missed)
     return verified
 
@@ -88,15 +93,36 @@ def clear(path: Path) -> int:
     """Remove every cache under a `disk_path`; returns how many namespaces that were.
 
     Raises:
-        ConfigError: one is in use; then nothing was removed.
+        ConfigError: one is in use, or may be; then nothing was removed.
         KVortexError: not all could be removed.
     """
-    require_idle(path)
-    with _opened(path) as root, held(root, ROOT_LOCK):
+    require_idle(path, certainly=True)
+    with _opened(path) as root, _nobody_else(path, root):
         removed = remove_idle(root)
         if left := _listed(path, root):
             raise KVortexError(f"{path}: {len(left)} caches hold files that are not KVortex's")
     return removed
+
+
+@contextmanager
+def _nobody_else(path: Path, root: int) -> Iterator[None]:
+    """Meanwhile no server opens a cache."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(root, ROOT_LOCK))
+        except (ConfigError, OSError) as error:
+            why = why_untried(root, ROOT_LOCK) or f"cannot be held: {error}"
+            raise ConfigError(_perhaps_in_use(path, ROOT_LOCK, why)) from None
+        yield
+
+
+def _perhaps_in_use(path: Path, lock: str, why: str) -> str:
+    """Nobody is told to remove a lock that a server may hold: a second one could open the cache."""
+    return (
+        f"{path}: nothing was removed, as a server may be using it: {lock} {why}; run this as the "
+        "user of the servers, where the drive can be written, or stop them and remove the folder "
+        "yourself"
+    )
 
 
 def count_caches(path: Path) -> int:
@@ -110,14 +136,21 @@ def count_caches(path: Path) -> int:
         return len(_listed(path, root))
 
 
-def require_idle(path: Path) -> Inspection:
-    """What is there; raises ConfigError where a server uses a cache of it."""
+def require_idle(path: Path, *, certainly: bool = False) -> Inspection:
+    """What is there.
+
+    Raises:
+        ConfigError: a server uses a cache of it; or, `certainly`, nobody knows whether one does.
+    """
     found = inspect(path)
     for info in found.caches:
         if info.in_use:
             raise ConfigError(
                 f"{path}: a server uses {info.namespace[:12]} (rank {info.rank}); stop it first"
             )
+    if certainly:
+        for lock, why in found.untried.items():
+            raise ConfigError(_perhaps_in_use(path, lock, why))
     return found
 
 
@@ -173,7 +206,7 @@ def _ranks(namespace: int, name: str, unreadable: dict[str, str]) -> list[str]:
         return []
 
 
-def _in_use(root: int, folder: int) -> bool:
+def _in_use(root: int, folder: int) -> bool | None:
     with nobody_opening(root):  # no longer: a server that starts waits for it
         return is_held(folder)
 
@@ -183,7 +216,9 @@ def _note(unreadable: dict[str, str], namespace: str, rank: int, contents: Conte
         unreadable[f"{namespace}/rank-{rank}/{name}"] = why
 
 
-def _info(folder: int, namespace: str, rank: int, in_use: bool, contents: Contents) -> CacheInfo:
+def _info(
+    folder: int, namespace: str, rank: int, in_use: bool | None, contents: Contents
+) -> CacheInfo:
     found, readable = contents.found, RECORDS not in contents.unreadable
     ages = int(time.time()) - found.written_at
     description = contents.about.get("namespace")

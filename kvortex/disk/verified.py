@@ -37,6 +37,8 @@ class Verified:
     """A server opened a cache meanwhile, or a cache was removed."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Names below the `disk_path`, and why each."""
+    untried: dict[str, str] = field(default_factory=dict)
+    """Likewise, locks that cannot be tried: whether a server holds them is not known."""
 
     def count(self, verdict: Verdict) -> None:
         """One more block."""
@@ -70,4 +72,6 @@ class Verified:
             told += f"; {self.not_served} records are of no server's any more, and were left out"
         if self.disturbed:
             told += "\na server opened a cache meanwhile, or removed one to make room"
+        for place, why in self.untried.items():
+            told += f"\na server may be writing, nobody can tell: {place} {why}"
         return told
