@@ -497,14 +497,6 @@ def test_the_tools_tell_of_a_wrong_path_in_one_line(
         assert capsys.readouterr().err.endswith("nowhere: No such file or directory\n")
 
 
-def test_clear_says_what_it_could_not_remove(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (fill_disk(tmp_path) / "thesis.tex").write_text("mine")
-    assert main(["disk", "clear", "--yes", str(tmp_path)]) == 1
-    assert "1 caches hold files that are not KVortex's" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("other", ["gone", "a folder", "a link"])
 @pytest.mark.parametrize("name", ["namespace.json", "records", "slots"])
 def test_the_tools_stand_whatever_is_in_the_place_of_a_file(

@@ -14,7 +14,7 @@ import pytest
 from disks import SLOT_BYTES, opened, written
 
 from kvortex.cli import main
-from kvortex.disk import tool
+from kvortex.disk import Namespace, tool
 from kvortex.disk.folder import RECORDS, SLOTS
 from kvortex.disk.format import RECORD_BYTES
 from kvortex.disk.tool import clear, verify
@@ -338,3 +338,81 @@ def test_clear_advises_nobody_to_remove_a_lock(
     told = f"a server may be using it: {file.relative_to(tmp_path)} is a link, or no file; run this"
     assert told in err
     assert len(list(tmp_path.glob("*/rank-0/*"))) == 4
+
+
+def spoil(name: str, folder: Path) -> None:
+    """Have something there that clear does not remove."""
+    if name == "a file":
+        (folder / "thesis.tex").write_text("mine")
+    elif name == "a file beside the ranks":
+        (folder.parent / "a\x1bb").write_text("mine")
+    elif name == "many":
+        for at in range(7):
+            (folder / f"{at}.tex").write_text("mine")
+    elif name == "a folder":
+        (folder / "namespace.json.new").mkdir()
+    elif name == "a link":
+        folder.rename(folder.parent.parent / "elsewhere")
+        folder.symlink_to(folder.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("a file", "{rank}/thesis.tex is not KVortex's"),
+        ("a file beside the ranks", r"{cache}/a\x1bb is not KVortex's"),
+        (
+            "many",
+            ", ".join(f"{{rank}}/{at}.tex is not KVortex's" for at in range(5)) + ", and 2 more",
+        ),
+        ("a folder", "{rank}/namespace.json.new is a folder"),
+        ("a link", "{rank} is a link"),
+    ],
+)
+def test_clear_names_what_it_leaves(
+    name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = filled(tmp_path)
+    with opened(tmp_path, namespace=Namespace(b"other", {})):
+        pass
+    spoil(name, folder)
+    code, _, err = asked(capsys, "clear", "--yes", str(tmp_path))
+    rank = folder.relative_to(tmp_path)
+    told = told.format(rank=rank, cache=rank.parent)
+    assert (code, err) == (1, f"kvortex: {tmp_path}: 1 of 2 caches removed; {told}\n")
+
+
+@pytest.mark.parametrize("call", ["unlink", "rmdir"])
+def test_clear_says_what_the_system_says(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rank = filled(tmp_path).relative_to(tmp_path)
+    remove = getattr(os, call)
+
+    def fail(name: str, *, dir_fd: int) -> None:
+        if name in {SLOTS, "rank-0"}:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        remove(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, call, fail)
+    code, _, err = asked(capsys, "clear", "--yes", str(tmp_path))
+    place = rank if call == "rmdir" else rank / SLOTS
+    told = f"0 of 1 caches removed; {place} cannot be removed: Input/output error"
+    assert (code, err) == (1, f"kvortex: {tmp_path}: {told}\n")
+
+
+def test_clear_says_which_lock_the_drive_does_not_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(tmp_path)
+    open_file = os.open
+
+    def fail(name: str | Path, flags: int, *args: int, **kwargs: int) -> int:
+        if name == ".kvortex-lock":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open_file(name, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", fail)
+    code, _, err = asked(capsys, "clear", "--yes", str(tmp_path))
+    assert code == 2
+    assert ".kvortex-lock cannot be opened: Input/output error;" in err

@@ -23,6 +23,7 @@ from kvortex.disk.folder import (
     ranks,
 )
 from kvortex.disk.format import RECORD_BYTES
+from kvortex.disk.leftovers import leftovers, shown
 from kvortex.disk.neighbours import remove_idle
 from kvortex.disk.verified import Verified
 
@@ -98,9 +99,12 @@ def clear(path: Path) -> int:
     """
     require_idle(path, certainly=True)
     with _opened(path) as root, _nobody_else(path, root):
-        removed = remove_idle(root)
-        if left := _listed(path, root):
-            raise KVortexError(f"{path}: {len(left)} caches hold files that are not KVortex's")
+        before = len(_listed(path, root))
+        remove_idle(root)
+        left = leftovers(root)
+        removed = before - len(_listed(path, root))
+    if left:
+        raise KVortexError(f"{path}: {removed} of {before} caches removed; {shown(left)}")
     return removed
 
 
