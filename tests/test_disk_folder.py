@@ -363,6 +363,7 @@ GOOD = {"kind": "sum of words of 8 bytes", "fingerprint": 3, "word": 8, "stretch
         {**GOOD, "word": "8"},
         {**GOOD, "word": 8.0},
         {**GOOD, "word": [8]},
+        {**GOOD, "kind": "sum of words of True bytes", "word": True},
         {**GOOD, "fingerprint": 1 << 63},
         {**GOOD, "fingerprint": -1 << 200},
         {**GOOD, "fingerprint": 0.5},

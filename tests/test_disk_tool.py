@@ -101,6 +101,28 @@ def test_a_table_of_garbage_fails(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "(rank 0): 8 records are damaged" in out
 
 
+@pytest.mark.parametrize("left", [0, 1, 7])
+def test_records_that_were_cut_off_are_missed(
+    left: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = filled(tmp_path) / RECORDS
+    os.truncate(records, left * RECORD_BYTES + 5)
+    for command in ("inspect", "verify"):
+        code, _, err = asked(capsys, command, str(tmp_path))
+        told = f"kvortex: {records.relative_to(tmp_path)} ends after {left} of 8 records\n"
+        assert (code, err) == (1, told)
+
+
+@pytest.mark.parametrize("slots", [3, 8, 20])
+def test_a_cache_that_changed_its_size_is_whole(
+    slots: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(tmp_path)
+    with opened(tmp_path, slots):
+        assert asked(capsys, "inspect", str(tmp_path))[0] == 0
+    assert asked(capsys, "verify", str(tmp_path))[0] == 0
+
+
 def test_a_record_in_the_place_of_another_is_damaged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvortex.core import ConfigError
 from kvortex.disk.file import open_own
 from kvortex.disk.folder import CHECKSUMS, LIFE, RECORDS, SLOTS, opened_file, read_about
-from kvortex.disk.format import RECORD_BYTES, RecordFormat, peek, stride
+from kvortex.disk.format import PAGE, RECORD_BYTES, RecordFormat, peek, stride
 from kvortex.disk.recount import recount
 from kvortex.disk.scheme import Scheme
 from kvortex.disk.verified import Verdict
@@ -26,13 +26,14 @@ LARGEST_SLOT = 1 << 32
 class Contents:
     """An open rank's folder: what it says of itself, its table of records and what is valid in it.
 
-    `unreadable` says of each file why it could not be read; where that is the table, there are no
-    records here, whatever is on the disk.
+    `unreadable` says of each file why it could not be read, or not all of it.
     """
 
     def __init__(self, folder: int, namespace: str, rank: int) -> None:
         self._folder = folder
         self.unreadable: dict[str, str] = {}
+        self.has_table = True
+        """Whether records could be read, or there is nothing to have any."""
         self.about: dict[str, Any] = read_about(folder)
         self.packed = self._read_records()
         self._format, self.slot_bytes = self._with_size(bytes.fromhex(namespace), rank)
@@ -45,6 +46,20 @@ class Contents:
             return 0
         damaged = self._format.damaged(memoryview(self.packed))
         return sum(not self._is_changed(slot) for slot in damaged)  # else they were half written
+
+    def cut_off(self) -> dict[str, str]:
+        """What says that records are missing at the end of the table, of which a server makes as
+        many as it has slots; one that starts has fewer for a moment."""
+        try:
+            size = os.stat(SLOTS, dir_fd=self._folder, follow_symlinks=False).st_size
+        except OSError:
+            return {}
+        # The page behind the last slot is for trials.
+        slots = (size - PAGE) // stride(self.slot_bytes) if self._knows_size else 0
+        records = len(self.packed) // RECORD_BYTES
+        if not self.has_table or records >= slots:
+            return {}
+        return {RECORDS: f"ends after {records} of {slots} records"}
 
     def check(self, slot: int) -> Verdict:
         """Whether a block that was found is what was written.
@@ -80,9 +95,10 @@ class Contents:
     def _with_size(self, digest: bytes, rank: int) -> tuple[RecordFormat, int]:
         """How to read the records, and a slot's size: what they tell of it is known to be whole,
         and outlives what the folder says of itself."""
-        size = _slot_bytes(self.about)
-        told = RecordFormat(digest, rank, size).told_slot_bytes(memoryview(self.packed))
-        size = size if told is None else told
+        said = _slot_bytes(self.about)
+        told = RecordFormat(digest, rank, 0).told_slot_bytes(memoryview(self.packed))
+        self._knows_size = told is not None or said is not None
+        size = told or said or 1
         return RecordFormat(digest, rank, size), size
 
     def _compare(self, scheme: Scheme, slot: int, record: Record) -> tuple[Verdict, str | None]:
@@ -96,7 +112,7 @@ class Contents:
         same = whole and recount(scheme, record.key, memoryview(block)) == record.checksum
         return Verdict.GOOD if same else Verdict.CORRUPT, None
 
-    def _read_records(self) -> bytes:
+    def _read_records(self) -> bytearray:
         try:
             with opened_file(RECORDS, self._folder) as file:
                 size = os.fstat(file).st_size
@@ -107,8 +123,10 @@ class Contents:
             # A start that was cut off leaves neither file; then there is nothing to be missed.
             if not isinstance(error, FileNotFoundError) or self._has(RECORDS) or self._has(SLOTS):
                 self.unreadable[RECORDS] = why_unreadable(self._folder, RECORDS, error)
-            return b""
-        return bytes(packed[: len(packed) // RECORD_BYTES * RECORD_BYTES])
+                self.has_table = False
+            return bytearray()
+        del packed[len(packed) // RECORD_BYTES * RECORD_BYTES :]
+        return packed
 
     def _has(self, name: str) -> bool:
         try:
@@ -168,6 +186,6 @@ def read_whole(file: int, size: int, offset: int) -> bytearray:
     return found
 
 
-def _slot_bytes(about: dict[str, Any]) -> int:
+def _slot_bytes(about: dict[str, Any]) -> int | None:
     told = about.get("slot_bytes")
-    return told if isinstance(told, int) and 0 < told < LARGEST_SLOT else 1
+    return told if type(told) is int and 0 < told < LARGEST_SLOT else None

@@ -48,7 +48,8 @@ def inspect(path: Path) -> Inspection:
             if info.in_use is None:
                 why = why_untried(folder, LOCK) or "cannot be tried"
                 found.untried[f"{namespace}/rank-{rank}/{LOCK}"] = why
-            _note(found.unreadable, namespace, rank, contents)
+            cut_off = {} if info.in_use else contents.cut_off()
+            _note(found.unreadable, namespace, rank, cut_off | contents.unreadable)
     return found
 
 
@@ -75,7 +76,8 @@ def verify(path: Path, progress: Callable[[int, int], None]) -> Verified:
             missed.discard((namespace, rank))
             contents = Contents(folder, namespace, rank)
             _check(contents, verified, lambda done: progress(done, max(seen.blocks, done)))
-            _note(verified.unreadable, namespace, rank, contents)
+            cut_off = contents.cut_off()
+            _note(verified.unreadable, namespace, rank, cut_off | contents.unreadable)
             verified.disturbed |= not contents.is_as_it_was() or _in_use(root, folder) is True
     verified.disturbed |= bool(missed)
     return verified
@@ -215,15 +217,15 @@ def _in_use(root: int, folder: int) -> bool | None:
         return is_held(folder)
 
 
-def _note(unreadable: dict[str, str], namespace: str, rank: int, contents: Contents) -> None:
-    for name, why in contents.unreadable.items():
+def _note(unreadable: dict[str, str], namespace: str, rank: int, files: dict[str, str]) -> None:
+    for name, why in files.items():
         unreadable[f"{namespace}/rank-{rank}/{name}"] = why
 
 
 def _info(
     folder: int, namespace: str, rank: int, in_use: bool | None, contents: Contents
 ) -> CacheInfo:
-    found, readable = contents.found, RECORDS not in contents.unreadable
+    found, readable = contents.found, contents.has_table
     ages = int(time.time()) - found.written_at
     description = contents.about.get("namespace")
     return CacheInfo(
