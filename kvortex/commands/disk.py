@@ -23,9 +23,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     about = disk.add_subparsers(required=True, metavar="COMMAND")
     for name, command, told in (
-        ("inspect", _inspect, "namespaces, slots and ages; also of running servers"),
-        ("verify", _verify, "compare the checksum of every block; 1 if one is bad"),
-        ("clear", _clear, "remove all caches that are there, if none is in use"),
+        (
+            "inspect",
+            _inspect,
+            "namespaces, slots and ages; also of running servers; 1 if not all can be read",
+        ),
+        (
+            "verify",
+            _verify,
+            "compare the checksum of every block; 0 only if all could be, and are good",
+        ),
+        (
+            "clear",
+            _clear,
+            "remove all caches that are there; 1 if some are left, 2 if one is in use",
+        ),
     ):
         parser = about.add_parser(
             name, help=told, epilog=f"example: kvortex disk {name} /nvme/kvortex --json"
