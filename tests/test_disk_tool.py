@@ -236,6 +236,18 @@ def when_found_idle(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], o
     return arrange
 
 
+def test_a_server_that_starts_with_a_larger_pool_cuts_off_nothing(tmp_path: Path) -> None:
+    filled(tmp_path)
+
+    def progress(done: int, _: int) -> None:
+        if done == 1:
+            with opened(tmp_path, 20):
+                pass
+
+    found = verify(tmp_path, progress)
+    assert (found.good, found.disturbed, found.unreadable) == (2, True, {})
+
+
 def test_a_server_that_was_there_before_the_first_block_is_told_of(
     tmp_path: Path, when_found_idle: Callable[[Callable[[], object]], None]
 ) -> None:

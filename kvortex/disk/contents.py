@@ -35,6 +35,7 @@ class Contents:
         self.has_table = True
         """Whether records could be read, or there is nothing to have any."""
         self.about: dict[str, Any] = read_about(folder)
+        self._room = self._size(SLOTS)  # before: a server that starts makes it as large as it likes
         self.packed = self._read_records()
         self._format, self.slot_bytes = self._with_size(bytes.fromhex(namespace), rank)
         self._scheme = Scheme.read(self.about.get(CHECKSUMS), self.slot_bytes)
@@ -50,12 +51,8 @@ class Contents:
     def cut_off(self) -> dict[str, str]:
         """What says that records are missing at the end of the table, of which a server makes as
         many as it has slots; one that starts has fewer for a moment."""
-        try:
-            size = os.stat(SLOTS, dir_fd=self._folder, follow_symlinks=False).st_size
-        except OSError:
-            return {}
         # The page behind the last slot is for trials.
-        slots = (size - PAGE) // stride(self.slot_bytes) if self._knows_size else 0
+        slots = (self._room - PAGE) // stride(self.slot_bytes) if self._knows_size else 0
         records = len(self.packed) // RECORD_BYTES
         if not self.has_table or records >= slots:
             return {}
@@ -129,11 +126,14 @@ class Contents:
         return packed
 
     def _has(self, name: str) -> bool:
+        return self._size(name) >= 0
+
+    def _size(self, name: str) -> int:
+        """Of a file, or less than nothing."""
         try:
-            os.stat(name, dir_fd=self._folder, follow_symlinks=False)
+            return os.stat(name, dir_fd=self._folder, follow_symlinks=False).st_size
         except OSError:
-            return False
-        return True
+            return -1
 
 
 def why_unreadable(folder: int | None, name: str, error: OSError) -> str:
