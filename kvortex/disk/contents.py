@@ -46,7 +46,11 @@ class Contents:
         if not self.found.invalid:
             return 0
         damaged = self._format.damaged(memoryview(self.packed))
-        return sum(not self._is_changed(slot) for slot in damaged)  # else they were half written
+        now = self._read_again(0, len(self.packed)) if damaged else None
+        if now is None:
+            return len(damaged)
+        rows = (slice(slot * RECORD_BYTES, (slot + 1) * RECORD_BYTES) for slot in damaged)
+        return sum(now[row] == self.packed[row] for row in rows)  # else they were half written
 
     def cut_off(self) -> dict[str, str]:
         """What says that records are missing at the end of the table, of which a server makes as
@@ -80,14 +84,18 @@ class Contents:
 
     def _is_changed(self, slot: int) -> bool:
         start = slot * RECORD_BYTES
+        now = self._read_again(start, RECORD_BYTES)
+        return now is not None and now != self.packed[start : start + RECORD_BYTES]
+
+    def _read_again(self, start: int, size: int) -> bytearray | None:
+        """Records as they are by now; None if the drive fails, which is nobody's change."""
         try:
             with opened_file(RECORDS, self._folder) as file:
-                now = read_whole(file, RECORD_BYTES, start)
+                return read_whole(file, size, start)
         except FileNotFoundError:
-            return True
+            return bytearray()
         except OSError:
-            return False  # the drive's fault, and nobody's change
-        return now != self.packed[start : start + RECORD_BYTES]
+            return None
 
     def _with_size(self, digest: bytes, rank: int) -> tuple[RecordFormat, int]:
         """How to read the records, and a slot's size: what they tell of it is known to be whole,
