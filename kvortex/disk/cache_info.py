@@ -17,7 +17,7 @@ class CacheInfo:
     namespace: str
     rank: int
     in_use: bool | None
-    slot_bytes: int
+    slot_bytes: int | None
     slots: int | None
     used: int | None
     stale: int | None
@@ -88,7 +88,7 @@ def _row(info: CacheInfo) -> tuple[str, ...]:
         str(info.rank),
         UNKNOWN if info.slots is None else str(info.slots),
         UNKNOWN if info.used is None else str(info.used),
-        _size(info.slot_bytes),
+        UNKNOWN if info.slot_bytes is None else _size(info.slot_bytes),
         _size(info.disk_bytes),
         _age(info.newest_age),
         _age(info.oldest_age),

@@ -56,7 +56,7 @@ class Contents:
         """What says that records are missing at the end of the table, of which a server makes as
         many as it has slots; one that starts has fewer for a moment."""
         # The page behind the last slot is for trials.
-        slots = (self._room - PAGE) // stride(self.slot_bytes) if self._knows_size else 0
+        slots = (self._room - PAGE) // stride(self.slot_bytes) if self.knows_size else 0
         records = len(self.packed) // RECORD_BYTES
         if not self.has_table or records >= slots:
             return {}
@@ -102,7 +102,7 @@ class Contents:
         and outlives what the folder says of itself."""
         said = _slot_bytes(self.about)
         told = RecordFormat(digest, rank, 0).told_slot_bytes(memoryview(self.packed))
-        self._knows_size = told is not None or said is not None
+        self.knows_size = told is not None or said is not None
         size = told or said or 1
         return RecordFormat(digest, rank, size), size
 

@@ -232,7 +232,7 @@ def _info(
         namespace,
         rank,
         in_use,
-        contents.slot_bytes,
+        contents.slot_bytes if contents.knows_size else None,
         len(contents.packed) // RECORD_BYTES if readable else None,
         len(found.slots) if readable else None,
         len(found.stale) if readable else None,
