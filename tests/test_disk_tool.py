@@ -450,3 +450,16 @@ def test_clear_says_which_lock_the_drive_does_not_give(
     code, _, err = asked(capsys, "clear", "--yes", str(tmp_path))
     assert code == 2
     assert ".kvortex-lock cannot be opened: Input/output error;" in err
+
+
+def test_clear_that_waited_in_vain_for_a_server_that_starts_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def held(*_: object, **__: object) -> None:
+        raise BlockingIOError
+
+    filled(tmp_path)
+    monkeypatch.setattr(tool, "held", held)
+    code, _, err = asked(capsys, "clear", "--yes", str(tmp_path))
+    assert code == 2
+    assert err.endswith("another server is making or removing caches there; try again\n")

@@ -116,6 +116,9 @@ def _nobody_else(path: Path, root: int) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(held(root, ROOT_LOCK))
+        except BlockingIOError:
+            told = "another server is making or removing caches there; try again"
+            raise ConfigError(f"{path}: nothing was removed: {told}") from None
         except (ConfigError, OSError) as error:
             why = why_untried(root, ROOT_LOCK) or f"cannot be held: {error}"
             raise ConfigError(_perhaps_in_use(path, ROOT_LOCK, why)) from None
