@@ -326,16 +326,25 @@ def test_a_cache_on_disk(data: st.DataObject, cache: Path, tmp_path: Path, capsy
     spoil(folder / "records", data.draw(spoiled_bytes((folder / "records").read_bytes())), data)
     slots = (folder / "slots").read_bytes()
     spoil(folder / "slots", slots[data.draw(st.integers(0, 99)) :], data)
-    said(["disk", "inspect", str(path)], capsys)
-    said(["disk", "inspect", str(path), "--json"], capsys)
-    code = main(["disk", "verify", str(path), "--json"])
-    shown = capsys.readouterr()
-    if shown.err:
-        assert is_one_line(shown.err.removesuffix("\n"))
-    else:
-        found = json.loads(shown.out)
-        assert code == bool(found["corrupt"] or found["not_verifiable"])
+    looked(path, capsys)
     said(["disk", "clear", "--yes", str(path)], capsys)
+
+
+def looked(path: Path, capsys: Capture) -> None:
+    """What inspect and verify tell agrees with what they end with, and each trouble has a line."""
+    bad = ("corrupt", "not_verifiable", "unread", "changed", "damaged_records")
+    for command in ("inspect", "verify"):
+        assert main(["disk", command, str(path)]) in {0, 1}
+        capsys.readouterr().out.encode()
+        code = main(["disk", command, str(path), "--json"])
+        shown = capsys.readouterr()
+        found = json.loads(shown.out)
+        lines = shown.err.split("\n")[:-1]
+        assert len(lines) == len(found["unreadable"])
+        assert all(line.startswith("kvortex: ") and is_one_line(line) for line in lines)
+        wrong = any(found.get(name) for name in bad)
+        damaged = any(cache["damaged"] for cache in found.get("caches", []) if not cache["in_use"])
+        assert code == (wrong or damaged or bool(lines))
 
 
 def spoil(file: Path, told: bytes, data: st.DataObject) -> None:

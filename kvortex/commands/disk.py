@@ -23,9 +23,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     about = disk.add_subparsers(required=True, metavar="COMMAND")
     for name, command, told in (
-        ("inspect", _inspect, "namespaces, slots and ages; also of running servers"),
-        ("verify", _verify, "compare the checksum of every block; 1 if one is bad"),
-        ("clear", _clear, "remove all caches that are there, if none is in use"),
+        (
+            "inspect",
+            _inspect,
+            "namespaces, slots and ages; also of running servers; 1 if not all can be read",
+        ),
+        (
+            "verify",
+            _verify,
+            "compare the checksum of every block; 0 only if all could be, and are good",
+        ),
+        (
+            "clear",
+            _clear,
+            "remove all caches that are there; 1 if some are left, 2 if one is in use",
+        ),
     ):
         parser = about.add_parser(
             name, help=told, epilog=f"example: kvortex disk {name} /nvme/kvortex --json"
@@ -38,41 +50,43 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from kvortex.disk.tool import inspect, table
+    from kvortex.disk.cache_info import table
+    from kvortex.disk.tool import inspect
 
-    infos = inspect(arguments.path)
+    found = inspect(arguments.path)
     if arguments.json:
-        print(json.dumps({"caches": [info.as_dict() for info in infos]}))
-    else:
-        print(table(infos) if infos else f"no caches in {arguments.path}")
-    return outcome.OK
+        print(json.dumps(found.as_dict()))
+    elif found.caches or not found.unreadable:
+        print(table(found.caches) if found.caches else f"no caches in {arguments.path}")
+        for place, why in found.untried.items():
+            print(f"a server may use it, nobody can tell: {place} {why}")
+    _complain(found.unreadable)
+    return outcome.OK if found.is_whole else outcome.FAILED
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from kvortex.disk.tool import verify
 
     verified = verify(arguments.path, draw)
-    if arguments.json:
-        print(json.dumps(verified.as_dict()))
-    else:
-        told = f"{verified.good} blocks are good, {verified.corrupt} are corrupt"
-        if verified.not_verifiable:
-            told += f", {verified.not_verifiable} are not verifiable"
-        if verified.damaged_records:
-            told += f"; {verified.damaged_records} records are damaged, whose blocks are lost"
-        print(told)
-    return outcome.OK if verified.good == verified.blocks else outcome.FAILED
+    print(json.dumps(verified.as_dict()) if arguments.json else verified)
+    _complain(verified.unreadable)
+    return outcome.OK if verified.is_whole else outcome.FAILED
+
+
+def _complain(unreadable: dict[str, str]) -> None:
+    for place, why in unreadable.items():
+        print(f"kvortex: {place} {why}", file=sys.stderr)
 
 
 def _clear(arguments: argparse.Namespace) -> int:
-    from kvortex.disk.tool import clear, count_caches, inspect, require_idle
+    from kvortex.disk.tool import clear, count_caches, require_idle
 
     path: Path = arguments.path
     removed = count_caches(path)
     if removed:  # else nothing is touched: the folder may not be ours
-        require_idle(path)
-        blocks = sum(info.used for info in inspect(path))
-        if not arguments.yes and not _confirms(f"remove {blocks} blocks in {path}?"):
+        found = require_idle(path, certainly=True)
+        what = f"{found.blocks} blocks" + (", and what cannot be read," if found.unreadable else "")
+        if not arguments.yes and not _confirms(f"remove {what} in {path}?"):
             print("kvortex: nothing was removed", file=sys.stderr)
             return outcome.FAILED
         removed = clear(path)

@@ -176,15 +176,18 @@ def nobody_opening(root: int) -> Iterator[None]:
         yield
 
 
-def is_held(rank: int) -> bool:
-    """Whether a server has an open rank's folder in use; ask while `nobody_opening`."""
+def is_held(rank: int) -> bool | None:
+    """Whether a server has an open rank's folder in use, None if its lock cannot be tried, as by
+    another user; ask while `nobody_opening`."""
     try:
         with held(rank, LOCK, create=False):
             return False
     except BlockingIOError:
         return True
-    except (OSError, ConfigError):
+    except FileNotFoundError:
         return False
+    except (OSError, ConfigError):
+        return None
 
 
 def _text(folder: int, name: str, longest: int) -> str:

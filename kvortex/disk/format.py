@@ -121,15 +121,36 @@ class RecordFormat:
         """The valid records of a whole table; a key in several slots counts in its newest."""
         table = np.frombuffer(packed, _TABLE)
         numbers = np.arange(len(table), dtype=np.uint64)
-        plausible = table["magic"] == int.from_bytes(MAGIC, "little")
-        plausible &= table["tag"] == int.from_bytes(self._tag, "little")
+        plausible = self._is_ours(table)
         plausible &= (table["slot"] == numbers) & (table["generation"] < _NEWEST)
         plausible &= table["slot_bytes"] == self.slot_bytes
         plausible &= (table["key_bytes"] >= 1) & (table["key_bytes"] <= MAX_KEY_BYTES)
         slots = np.flatnonzero(plausible)
         slots = slots[[self._is_whole(packed, slot) for slot in slots.tolist()]]
-        written = np.count_nonzero(np.frombuffer(packed, "<u8").reshape(-1, 16).any(axis=1))
-        return _newest(table, slots, int(written) - len(slots))
+        return _newest(table, slots, len(_written(packed)) - len(slots))
+
+    def told_slot_bytes(self, packed: memoryview) -> int | None:
+        """What the records of this cache and rank say of a slot's size, whatever was said to us;
+        None if there are none."""
+        table = np.frombuffer(packed, _TABLE)
+        for slot in np.flatnonzero(self._is_ours(table)).tolist():
+            if self._is_whole(packed, slot):
+                return int(table["slot_bytes"][slot])
+        return None
+
+    def damaged(self, packed: memoryview) -> list[int]:
+        """Slots whose records are torn or another slot's; whole ones of other caches are not."""
+        table = np.frombuffer(packed, _TABLE)
+        moved = self._is_ours(table)
+        moved &= table["slot"] != np.arange(len(table), dtype=np.uint64)
+        slots = _written(packed).tolist()
+        return [slot for slot in slots if moved[slot] or not self._is_whole(packed, slot)]
+
+    def _is_ours(self, table: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+        """Of each slot, whether its record says that it is of this cache and rank."""
+        ours: npt.NDArray[np.bool_] = table["tag"] == int.from_bytes(self._tag, "little")
+        ours &= table["magic"] == int.from_bytes(MAGIC, "little")
+        return ours
 
     @staticmethod
     def _is_whole(packed: memoryview, slot: int) -> bool:
@@ -137,6 +158,11 @@ class RecordFormat:
         end = start + RECORD_BYTES
         own = int.from_bytes(packed[end - 8 : end], "little")
         return xxh3_64_intdigest(packed[start : end - 8]) == own
+
+
+def _written(packed: memoryview) -> BlockIds:
+    """Slots in the places of whose records there is anything."""
+    return np.flatnonzero(np.frombuffer(packed, "<u8").reshape(-1, RECORD_BYTES // 8).any(axis=1))
 
 
 def checksum_in(table: bytes | bytearray, slot: int, key: BlockKey) -> int | None:

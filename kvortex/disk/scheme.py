@@ -66,7 +66,7 @@ class Scheme:
 
 def _stretches(told: object, word: object, slot_bytes: int) -> tuple[tuple[int, int], ...] | None:
     """Of whole words, one behind the other, in a slot."""
-    if word not in WORDS or not isinstance(word, int) or not isinstance(told, list):
+    if type(word) is not int or word not in WORDS or not isinstance(told, list):
         return None
     for one in told:
         if not isinstance(one, list) or len(one) != 2:
