@@ -108,7 +108,8 @@ class Counters:
     """Blocks that a drive failed to read."""
     disk_write_errors: int = 0
     disk_slow_blocks: int = 0
-    """Blocks that a drive did not read by their deadline, or not write in time."""
+    """Blocks that a drive did not read by their deadline, or not write in time; counted as soon as
+    that is so."""
     disk_refused_blocks: int = 0
     """Blocks that were not tried: the drive is off, behind, or may not be written faster."""
     disk_times_off: int = 0

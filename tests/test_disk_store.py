@@ -472,6 +472,45 @@ def test_nobody_waits_for_a_drive_that_stalls(tmp_path: Path) -> None:
         assert read(store, pool, KEYS[:1], [0]) == [block_bytes(KEYS[0])]
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_drive_that_hangs_goes_off_while_it_hangs_with_one_job_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reads: bool
+) -> None:
+    """A small pool has no more, and the next one is planned when this one has ended."""
+    monkeypatch.setattr(kvortex.disk.store, "WRITE_PATIENCE_S", 0.2)
+    monkeypatch.setattr(kvortex.disk.moves, "WRITE_PATIENCE_S", 0.2)
+    monkeypatch.setattr(kvortex.disk.store, "LEAST_PATIENCE_S", 0.1)
+    monkeypatch.setattr(kvortex.disk.breaker, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(kvortex.disk.breaker, "LONGEST_PAUSE_S", 0.1)
+    faults = Faults()
+    with opened(
+        tmp_path, open_file=faults.open_file, read_deadline_s=0.2, readers=1, writers=1
+    ) as (store, pool):
+        written(store, pool, SLOTS)
+        faults.flows.clear()
+        try:
+            start = time.monotonic()
+            (store.read if reads else store.write)(4, KEYS[:2], [0, 5], [0, 5])
+            while not ((told := store.poll()).reading_off or told.writing_off):
+                assert time.monotonic() < start + 10
+                store.wait(0.01)
+            assert time.monotonic() > start + 0.6
+            assert (told.reading_off, told.writing_off) == (reads, not reads)
+            assert told.ended == {}
+            assert (store.counters.slow_blocks, store.counters.times_off) == (2, 1)
+            (record,) = caplog.records
+            assert "it does not answer in time" in record.getMessage()
+        finally:
+            faults.flows.set()
+        assert ended(store, 4) == {1}  # which was not tried any more
+        assert store.counters.slow_blocks == 2  # it was counted before
+        assert store.counters.write_errors == store.counters.read_errors == 0
+        while (told := store.poll()).reading_off or told.writing_off:
+            assert time.monotonic() < start + 20
+            store.wait(0.01)
+        assert read(store, pool, KEYS[:1], [0]) == [block_bytes(KEYS[0])]
+
+
 def test_a_write_that_waited_too_long_gives_its_host_slot_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

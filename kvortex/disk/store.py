@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 LOST = {Status.ERROR, Status.CORRUPT, Status.STALE}
 """Of a block that could not be read; what came too late, or was not tried, is there still."""
+LEAST_PATIENCE_S = 1.0
+"""Before a late job counts as another error: a short stall is one error, whatever the deadline."""
+TOO_SLOW = "it does not answer in time"
 CLOSE_S = 10.0
 """For the lanes to end the row that each works on."""
 
@@ -368,7 +371,7 @@ class DiskStore:
         self.counters.count_move(is_read=is_read, blocks=moved, slot_bytes=self.slot_bytes)
         self._ended[job.id] = frozenset(job.failed)
         if job.failed:
-            self.counters.count_failures(job.failed.values(), is_read=is_read)
+            self.counters.count_failures(job)
             corrupt = [at for at, status in job.failed.items() if status is Status.CORRUPT]
             self.erase(job.disk_slots[position] for position in corrupt)
             if corrupt and not self._told_corrupt:
@@ -382,12 +385,18 @@ class DiskStore:
             self._lost[job.id] = lost
 
     def _judge_late(self, now: float) -> None:
-        """A drive that lets a job wait past its deadline is failing."""
-        late = [job for job in self._jobs.values() if now > job.deadline and not job.is_late]
-        for job in late:
-            job.is_late = True
+        """A drive that lets a job wait past its deadline is failing. As few jobs may be under way,
+        none of which ends, each counts again whenever another patience has passed."""
+        for job in self._jobs.values():
+            if now <= job.deadline:
+                continue
+            patience = self._read_deadline_s if job.reads else WRITE_PATIENCE_S
+            job.deadline = now + max(patience, LEAST_PATIENCE_S)
+            if not job.slow:
+                job.slow = job.unended
+                self.counters.slow_blocks += len(job.slow)
             breaker = self._reading if job.reads else self._writing
-            breaker.fail(now, "it does not answer in time")
+            breaker.fail(now, TOO_SLOW)
 
     def _erase_the_rest(self) -> None:
         """After the lanes have ended."""
