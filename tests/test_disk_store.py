@@ -395,6 +395,63 @@ def test_a_folder_that_went_away_is_used_again_if_it_comes_back_as_it_was(
         assert disk.exists() is (what != "gone")
 
 
+@pytest.mark.parametrize("what", ["disk", "records", "slots"])
+def test_a_folder_that_is_removed_is_noticed_without_an_error_and_used_again_if_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """Files that are open are written and read as well when they are deleted."""
+    monkeypatch.setattr(kvortex.disk.store, "LOOK_S", 0.02)
+    monkeypatch.setattr(kvortex.disk.breaker, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(kvortex.disk.breaker, "LONGEST_PAUSE_S", 0.1)
+    disk, away, deadline = tmp_path / "disk", tmp_path / "away", time.monotonic() + 20
+
+    def until(off: bool) -> None:
+        while (told := store.poll()).reading_off is not off or told.writing_off is not off:
+            assert time.monotonic() < deadline
+            store.wait(0.01)
+
+    with opened(disk) as (store, pool):
+        written(store, pool, SLOTS)
+        for _ in range(10):
+            store.poll()
+            time.sleep(0.01)
+        assert (store.poll().reading_off, caplog.records) == (False, [])
+        place = disk if what == "disk" else next(disk.rglob(what))
+        place.rename(away)
+        until(off=True)
+        assert f"not those at {disk}" in caplog.text
+        assert len(caplog.records) == 1
+        assert store.counters.times_off == 2
+        for _ in range(20):
+            store.poll()
+            time.sleep(0.01)
+        assert not place.exists()
+        away.rename(place)
+        until(off=False)
+        assert read(store, pool, KEYS, list(SLOTS.values())) == [block_bytes(k) for k in KEYS]
+        assert not written(store, pool, {b"new": 6})
+    with opened(disk) as (store, _):
+        assert set(store.survivors.keys) == {*KEYS, b"new"}
+
+
+class Numberless(DiskFile):
+    """On a file system that numbers a file anew each time somebody looks."""
+
+    @property
+    def inode(self) -> tuple[int, int]:
+        return 0, 0
+
+
+def test_where_files_cannot_be_told_apart_nobody_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvortex.disk.store, "LOOK_S", 0.0)
+    with opened(tmp_path, open_file=Numberless) as (store, pool):
+        for version in range(20):
+            assert not written(store, pool, SLOTS, version)
+        assert not store.poll().writing_off
+
+
 def test_a_trial_that_takes_too_long_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

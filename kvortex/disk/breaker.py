@@ -59,11 +59,7 @@ class Breaker:
         self._errors += 1
         if self.is_off or self._errors < ERRORS_IN_A_ROW:
             return
-        self.is_off = True
-        self.times_off += 1
-        lasted = now - self._back_since > self._pause
-        self._pause = FIRST_PAUSE_S if lasted else min(2 * self._pause, LONGEST_PAUSE_S)
-        self._next_trial = now + self._pause
+        self.switch_off(now)
         logger.warning(
             "Disk cache: %s is off after %d errors in a row (%s); blocks are computed instead, "
             "and it is tried again from time to time.",
@@ -71,3 +67,13 @@ class Breaker:
             self._errors,
             reason,
         )
+
+    def switch_off(self, now: float) -> None:
+        """It cannot be used, as is known without a try, and told by whoever knows."""
+        if self.is_off:
+            return
+        self.is_off = True
+        self.times_off += 1
+        lasted = now - self._back_since > self._pause
+        self._pause = FIRST_PAUSE_S if lasted else min(2 * self._pause, LONGEST_PAUSE_S)
+        self._next_trial = now + self._pause

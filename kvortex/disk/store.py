@@ -7,6 +7,7 @@ queues; lanes, which have threads, do all reading, writing, waiting and checking
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from kvortex.disk.checksums import Checksums
 from kvortex.disk.file import DiskFile
 from kvortex.disk.job import BlockRead, DiskJob
 from kvortex.disk.lane import Lane
-from kvortex.disk.moves import ERASE, TRIAL, WIPE, WRITE_PATIENCE_S, Moves
+from kvortex.disk.moves import ERASE, LOOK, TRIAL, WIPE, WRITE_PATIENCE_S, Moves
 from kvortex.disk.opening import OpenCache
 from kvortex.disk.pace import Pace
 from kvortex.disk.report import DiskCounters, StoreReport
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 LOST = {Status.ERROR, Status.CORRUPT, Status.STALE}
 """Of a block that could not be read; what came too late, or was not tried, is there still."""
+LOOK_S = 5.0
+"""Between two looks at whether the files are where they were."""
 LEAST_PATIENCE_S = 1.0
 """Before a late job counts as another error: a short stall is one error, whatever the deadline."""
 TOO_SLOW = "it does not answer in time"
@@ -119,11 +122,15 @@ class DiskStore:
         """Slots to erase for which no lane had room yet."""
         self._erasing: set[int] = set()
         self._told_corrupt = False
+        self._next_look = time.monotonic() + LOOK_S
+        self._looking = False
         self._to_wipe = self._wiping = False
         self._cache = OpenCache(
             disk_path, namespace, rank, num_slots, pool.slot_bytes, checksums.scheme, open_file
         )
         self._files = self._cache.files
+        if not self._cache.is_there():  # a file system whose numbers mean nothing
+            self._next_look = math.inf
         found = self._files.survivors
         self.counters.removed_caches = self._cache.removed
         self.counters.invalid_records = found.invalid
@@ -134,7 +141,13 @@ class DiskStore:
         self._answered = Bell()
         self._closing = Event()
         moves = Moves(
-            self._files, self._memory, checksums, self._jobs, self._closing, self._cache.renew
+            self._files,
+            self._memory,
+            checksums,
+            self._jobs,
+            self._closing,
+            self._cache.is_there,
+            self._cache.renew,
         )
         shared = (self._answers, self._answered, self._closing)
         self._num_readers = options.readers
@@ -238,6 +251,7 @@ class DiskStore:
         now = time.monotonic()
         self._judge_late(now)
         self._push_erases()
+        self._look(now)
         self._try_again(now)
         ended, self._ended = self._ended, {}
         lost, self._lost = self._lost, {}
@@ -301,6 +315,25 @@ class DiskStore:
                 self._unerased.discard(slot)
                 self._erasing.add(slot)
 
+    def _look(self, now: float) -> None:
+        """See from time to time whether the files are where they were: no use of them tells."""
+        off = self._closing.is_set() or (self._reading.is_off and self._writing.is_off)
+        if not off and not self._looking and now > self._next_look:
+            self._looking = self._order(self._reader, LOOK)
+
+    def _settle_look(self, now: float, *, there: bool) -> None:
+        self._looking = False
+        self._next_look = now + LOOK_S
+        if there or (self._reading.is_off and self._writing.is_off):
+            return
+        logger.warning(
+            "Disk cache: the files that are open are not those at %s any more, as if that was "
+            "removed; blocks are computed instead, and it is looked for from time to time.",
+            self._cache.path,
+        )
+        self._reading.switch_off(now)
+        self._writing.switch_off(now)
+
     def _try_again(self, now: float) -> None:
         """See whether what is off works again, at no request's expense."""
         if self._closing.is_set() or not (self._reading.is_off or self._writing.is_off):
@@ -343,6 +376,9 @@ class DiskStore:
         now = time.monotonic()
         if what == TRIAL:
             (self._writing if position else self._reading).end_trial(now, well=well)
+            return
+        if what == LOOK:
+            self._settle_look(now, there=well)
             return
         if what == WIPE:
             self._wiping = False
