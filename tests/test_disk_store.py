@@ -434,6 +434,40 @@ def test_a_folder_that_is_removed_is_noticed_without_an_error_and_used_again_if_
         assert set(store.survivors.keys) == {*KEYS, b"new"}
 
 
+def test_why_a_drive_stays_off_is_told_when_it_is_another_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kvortex.disk.breaker, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(kvortex.disk.breaker, "LONGEST_PAUSE_S", 0.05)
+    faults, disk = Faults(writes_only=True), tmp_path / "disk"
+    told: list[list[str]] = []
+
+    def tried(times: int) -> None:
+        """Until it has been so often in vain."""
+        for _ in range(times):
+            before = store._writing._next_trial
+            while store._writing._next_trial == before:
+                store.poll()
+                store.wait(0.01)
+        told.append([record.getMessage() for record in caplog.records])
+        caplog.clear()
+
+    with opened(disk, open_file=faults.open_file) as (store, pool):
+        faults.error = errno.EIO
+        for slot in (1, 2, 4):
+            written(store, pool, {b"x": slot})
+        tried(3)
+        faults.error = errno.ENOSPC
+        tried(4)
+        disk.rename(tmp_path / "away")
+        tried(4)
+    off, full, gone = told
+    assert len(off) == 1
+    assert "(Input/output error); blocks" in off[0]
+    assert full == [f"Disk cache: writing to {disk} is still off (No space left on device)."]
+    assert gone == [f"Disk cache: writing to {disk} is still off (No such file or directory)."]
+
+
 class Numberless(DiskFile):
     """On a file system that numbers a file anew each time somebody looks."""
 

@@ -62,6 +62,8 @@ class Moves:
         self._is_there = is_there
         self._renew = renew
         self._host_slots = len(memory) // files.slot_bytes
+        self.why_off = ["", ""]
+        """Of the last trial of reading, and of writing, that failed: why."""
 
     def write(self, row: Row) -> Status:
         """Write a block when its time has come, or erase a slot."""
@@ -93,6 +95,8 @@ class Moves:
         job = self._jobs.get(row[0])  # none: an order, or given up when the store closed
         if job is not None:
             job.reason = reason
+        elif row[0] == TRIAL:
+            self.why_off[row[1]] = reason
         return Status.ERROR
 
     def _carry_out(self, row: Row) -> Status:

@@ -140,7 +140,7 @@ class DiskStore:
         self._answers: Answers = deque()
         self._answered = Bell()
         self._closing = Event()
-        moves = Moves(
+        self._moves = Moves(
             self._files,
             self._memory,
             checksums,
@@ -151,9 +151,9 @@ class DiskStore:
         )
         shared = (self._answers, self._answered, self._closing)
         self._num_readers = options.readers
-        self._reader = Lane("kvortex-disk-read", options.readers, moves.read, *shared)
+        self._reader = Lane("kvortex-disk-read", options.readers, self._moves.read, *shared)
         self._writers = [
-            Lane(f"kvortex-disk-write-{number}", 1, moves.write, *shared)
+            Lane(f"kvortex-disk-write-{number}", 1, self._moves.write, *shared)
             for number in range(options.writers)
         ]
         self._lanes = (self._reader, *self._writers)
@@ -362,7 +362,7 @@ class DiskStore:
     def _settle(self, job_id: int, position: int, status: Status) -> None:
         """Take in a lane's answer."""
         if job_id < 0:
-            self._settle_order(job_id, position, well=status is Status.DONE)
+            self._settle_order(job_id, position, status)
             return
         job = self._jobs.get(job_id)
         if job is None:  # given up when the store closed over a drive that did not answer
@@ -371,11 +371,13 @@ class DiskStore:
         job.end(position, status)
         self._finish_if_ended(job)
 
-    def _settle_order(self, what: int, position: int, *, well: bool) -> None:
+    def _settle_order(self, what: int, position: int, status: Status) -> None:
         """Take in the answer to a row that belongs to no job."""
-        now = time.monotonic()
+        now, well = time.monotonic(), status is Status.DONE
         if what == TRIAL:
-            (self._writing if position else self._reading).end_trial(now, well=well)
+            why = TOO_SLOW if status is Status.LATE else self._moves.why_off[position]
+            breaker = self._writing if position else self._reading
+            breaker.end_trial(now, well=well, reason=why)
             return
         if what == LOOK:
             self._settle_look(now, there=well)
