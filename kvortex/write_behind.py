@@ -169,7 +169,7 @@ class WriteBehind:
         good, bad = parted(write.on_disk, write.failed | unwanted | write.distrusted)
         self._disk.abort(bad)
         self._disk.commit(good)
-        self._counters.disk_failed_writes += len(write.failed)
+        self._counters.disk_failed_writes += len(write.lost)
         self._counters.disk_written_blocks += len(good)
         self._counters.disk_written_bytes += len(good) * self._block_bytes
         return [write.on_disk[position].slot for position in write.distrusted]

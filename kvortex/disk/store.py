@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOST = {Status.ERROR, Status.CORRUPT, Status.STALE}
-"""Of a block that could not be read; what came too late, or was not tried, is there still."""
+"""Of a block that the drive is to blame for; what came too late, or was not tried, may yet be."""
 LOOK_S = 5.0
 """Between two looks at whether the files are where they were."""
 LEAST_PATIENCE_S = 1.0
@@ -419,7 +419,7 @@ class DiskStore:
                     "computed again. See the drive's health. Later ones are only counted."
                 )
         lost = frozenset(at for at, status in job.failed.items() if status in LOST)
-        if lost and is_read:
+        if lost:
             self._lost[job.id] = lost
 
     def _judge_late(self, now: float) -> None:
