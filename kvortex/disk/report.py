@@ -85,8 +85,8 @@ class StoreReport:
     """What became of jobs since the last report.
 
     `ended` has, per job, the positions that failed; its slots, host and disk, are free to be used.
-    `lost` has, per job, those of the failed positions that the drive is to blame for: of a read, the
-    disk does not have the bytes. The others came too late or were not tried, and can be tried
+    `lost` has, per job, those of the failed positions that the drive is to blame for: of a read,
+    the disk does not have the bytes. The others came too late or were not tried, and can be tried
     another time. While reading or writing is off, jobs of that kind are refused; a later report
     tells that it is on again.
     """
