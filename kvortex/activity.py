@@ -16,6 +16,7 @@ FAILURES = (
     "disk_failed_writes",
     "disk_failed_reads",
     "disk_late_reads",
+    "disk_slow_blocks",
     "disk_corrupt_blocks",
     "disk_distrusted_blocks",
     "disk_times_off",

@@ -125,7 +125,8 @@ class DiskReport:
     """What the workers' disks did since their last report.
 
     `finished` counts, per move, the ranks that are done with it, and `failed` has the positions
-    that failed on any of them; of reads, those that are `lost` will not succeed later either.
+    that failed on any of them, of which the drive is to blame for those that are `lost`: such reads
+    will not succeed later either.
     `survivors` are the keys found at start, with their slots, and `num_slots` how many slots the
     smallest disk has; both are told once. `counted` has what was added to the workers' counters, by
     name; `reading_off` and `writing_off` tell how many more, or fewer, ranks there are that do not

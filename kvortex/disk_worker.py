@@ -20,7 +20,8 @@ class DiskWorker:
 
     def __init__(self, store: DiskStore) -> None:
         self._store = store
-        self._told = False
+        self._survivors: dict[bytes, int] | None = self._found()
+        """Until they were told: sorted before any step waits for it."""
         self._counted = dict.fromkeys(TOLD, 0)
         self._off = (False, False)
 
@@ -42,21 +43,20 @@ class DiskWorker:
         told = self._store.poll()
         ended, counted = told.ended, self._take_counted()
         off, before = (told.reading_off, told.writing_off), self._off
-        if self._told and not ended and not counted and off == before:
+        survivors, self._survivors = self._survivors, None
+        if survivors is None and not ended and not counted and off == before:
             return None
         self._off = off
-        report = DiskReport(
+        return DiskReport(
             dict.fromkeys(ended, 1),
             {move_id: positions for move_id, positions in ended.items() if positions},
             told.lost,
-            None if self._told else self._survivors(),
-            None if self._told else self._store.num_slots,
+            survivors,
+            None if survivors is None else self._store.num_slots,
             counted,
             off[0] - before[0],
             off[1] - before[1],
         )
-        self._told = True
-        return report
 
     def _take_counted(self) -> dict[str, int]:
         """What was added to counters since the last call."""
@@ -64,7 +64,7 @@ class DiskWorker:
         self._counted = {name: getattr(self._store.counters, name) for name in TOLD}
         return {name: n - before[name] for name, n in self._counted.items() if n != before[name]}
 
-    def _survivors(self) -> dict[bytes, int]:
+    def _found(self) -> dict[bytes, int]:
         """Keys in the order in which they were written."""
         found = self._store.survivors
         order = found.generations.argsort().tolist()

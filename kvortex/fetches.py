@@ -85,7 +85,7 @@ class Fetches:
     ) -> None:
         self.under_way = MovesUnderWay(Read, ids, num_ranks)
         self.on_bad_read: Callable[[Block], None] = _nobody
-        """Told of each block that the disk did not give back."""
+        """Told of each block that the disk does not have any more, or cannot give back."""
         self._bytes_per_s: float | None = None
         self._host = host
         self._disk = disk
@@ -234,8 +234,9 @@ class Fetches:
         self._host.commit(good)
         self._disk.forget(read.on_disk[position] for position in read.lost)
         if not read.discard:
-            self._counters.disk_failed_reads += len(bad)
-            for block in bad:
+            lost = [read.in_host[position] for position in sorted(read.lost)]
+            self._counters.disk_failed_reads += len(lost)
+            for block in lost:  # the others are there, and came too late
                 self.on_bad_read(block)
         self._counters.disk_read_blocks += len(good)
         self._counters.disk_read_bytes += len(good) * self._block_bytes

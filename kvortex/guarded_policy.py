@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvortex.policies import LRU, EvictionPolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterable
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,15 @@ class GuardedPolicy(EvictionPolicy):
         self._leaving = None if key == self._leaving else self._leaving
         try:
             self._policy.insert(key)
+        except Exception as error:  # noqa: BLE001
+            self._replace(repr(error), error)
+
+    def insert_all(self, keys: Iterable[bytes]) -> None:
+        """As many `insert`s of keys that were never here."""
+        insert = self._policy.insert
+        try:
+            for key in keys:
+                insert(key)
         except Exception as error:  # noqa: BLE001
             self._replace(repr(error), error)
 

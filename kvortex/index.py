@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,14 @@ from kvortex.checksum import seed_of
 from kvortex.prefix_tree import PrefixTree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, KeysView, Mapping
+    from collections.abc import Callable, Generator, Iterator, KeysView, Sequence
 
     from kvortex.core import BlockKey
+
+BATCH = 1 << 10
+"""Blocks that are adopted at once, in about a millisecond."""
+SCANNED = 1 << 14
+"""Slots that are looked at at once, in about a millisecond."""
 
 
 class Index:
@@ -33,7 +39,9 @@ class Index:
         self._closed: list[int] = []
         """Slots that nobody holds and that are not given out yet."""
         self._free = list(range(num_slots - 1, -1, -1))
-        self._resident: dict[BlockKey, Block] = {}
+        self._resident: dict[BlockKey, Block | int] = {}
+        """Of an adopted key whose block nobody has asked for, its slot: a million objects take
+        seconds to make, and lengthen each full collection of garbage."""
         self._held = 0
         self._orders = 0
         self._tree = PrefixTree()
@@ -55,7 +63,8 @@ class Index:
 
     def get(self, key: BlockKey) -> Block | None:
         """The readable block of a key."""
-        return self._resident.get(key)
+        found = self._resident.get(key)
+        return self._made(key, found) if isinstance(found, int) else found
 
     @property
     def keys(self) -> KeysView[BlockKey]:
@@ -63,7 +72,8 @@ class Index:
         return self._resident.keys()
 
     def __iter__(self) -> Iterator[Block]:
-        return iter(self._resident.values())
+        for key, found in self._resident.items():
+            yield self._made(key, found) if isinstance(found, int) else found
 
     def limit(self, num_slots: int) -> None:
         """There is no slot from `num_slots` on; those in use leave with their holder."""
@@ -79,17 +89,21 @@ class Index:
         self._free = [slot for slot in idle if slot < self._opened]
         self.num_slots += len(self._free)
 
-    def adopt(self, slots: Mapping[BlockKey, int]) -> list[Block]:
-        """Let free slots hold readable blocks that were there before this index; in that order."""
-        taken = set(slots.values())
-        self._free = [slot for slot in self._free if slot not in taken]
-        blocks = []
-        for key, slot in slots.items():
-            self._orders += 1
-            self._held += 1
-            blocks.append(Block(key, slot, self._orders))
-            self.publish(blocks[-1])
-        return blocks
+    def adopt(self, rows: Sequence[tuple[BlockKey, int]]) -> Generator[list[BlockKey]]:
+        """Let free slots hold readable blocks that were there before this index; in that order.
+
+        A batch at a time: yields the keys that became readable. At first the slots are set aside,
+        which are looked for among the free ones, and no key is yielded; until then nothing else may
+        change here. Closed before its end, it gives back the slots of the rest.
+        """
+        yield from self._set_aside(rows)
+        left = iter(rows)
+        try:
+            while batch := list(itertools.islice(left, BATCH)):
+                yield self._adopt(batch)
+        finally:
+            for _, slot in left:
+                self._give_back(slot)
 
     def reserve(self, key: BlockKey, parent: BlockKey | None = None) -> Block:
         """Give a free slot to a block that shall hold `key`, which follows `parent`."""
@@ -108,7 +122,7 @@ class Index:
         block.since = time.monotonic()
         self._resident[block.key] = block
         self.on_change(block.key, True)
-        self._tree.add(block, self._resident.get(block.parent or b""))
+        self._tree.add(block, self.get(block.parent or b""))
 
     def orphans(self, parent: BlockKey) -> Iterator[Block]:
         """The readable blocks that follow a key which is not readable."""
@@ -136,20 +150,56 @@ class Index:
         if block.state is State.CONDEMNED:
             self._free_if_unread(block)
 
+    def _set_aside(self, rows: Sequence[tuple[BlockKey, int]]) -> Iterator[list[BlockKey]]:
+        taken, free = bytearray(self._limit), list[int]()
+        for start in range(0, len(rows), SCANNED):
+            for _, slot in rows[start : start + SCANNED]:
+                taken[slot] = 1
+            yield []
+        for start in range(0, len(self._free), SCANNED):
+            free += [slot for slot in self._free[start : start + SCANNED] if not taken[slot]]
+            yield []
+        self._held += len(rows)
+        self._free = free
+
+    def _adopt(self, rows: Sequence[tuple[BlockKey, int]]) -> list[BlockKey]:
+        keys = [key for key, _ in rows]
+        assert self._resident.keys().isdisjoint(keys)
+        self._held -= len(rows)
+        self._resident.update(rows)
+        if self.on_change is not _nobody:
+            for key in keys:
+                self.on_change(key, True)
+        if self._tree.has_orphans:
+            for block in filter(None, map(self.get, keys)):
+                self._tree.add(block, None)
+        return keys
+
+    def _made(self, key: BlockKey, slot: int) -> Block:
+        """The block of an adopted key, when somebody asks for it first."""
+        block = Block(key, slot, 0, State.RESIDENT)
+        self._resident[key] = block
+        return block
+
     def _free_if_unread(self, block: Block) -> None:
         if block.pins:
             return
-        self._held -= 1
         if block.quarantined:
+            self._held -= 1
             self.num_slots -= 1
             self.quarantined += 1
             return
-        if block.slot < self._opened:
-            self._free.append(block.slot)
+        self._give_back(block.slot)
+
+    def _give_back(self, slot: int) -> None:
+        """Nobody holds a slot any more."""
+        self._held -= 1
+        if slot < self._opened:
+            self._free.append(slot)
             return
         self.num_slots -= 1
-        if block.slot < self._limit:
-            self._closed.append(block.slot)
+        if slot < self._limit:
+            self._closed.append(slot)
 
     def check(self) -> None:
         """Assert the law of conservation and that no slot has two holders."""

@@ -84,6 +84,8 @@ class Counters:
     disk_read_seconds: float = 0.0
     """From a fetch's plan to its last block."""
     disk_failed_writes: int = 0
+    """Blocks that a drive failed to write; what came too late, or was not tried, is counted by
+    `disk_slow_blocks` and `disk_refused_blocks` only."""
     disk_failed_reads: int = 0
     """Blocks that the disk did not give back as they were written; they are computed again."""
     disk_distrusted_blocks: int = 0
@@ -108,7 +110,8 @@ class Counters:
     """Blocks that a drive failed to read."""
     disk_write_errors: int = 0
     disk_slow_blocks: int = 0
-    """Blocks that a drive did not read by their deadline, or not write in time."""
+    """Blocks that a drive did not read by their deadline, or not write in time; counted as soon as
+    that is so."""
     disk_refused_blocks: int = 0
     """Blocks that were not tried: the drive is off, behind, or may not be written faster."""
     disk_times_off: int = 0

@@ -31,6 +31,8 @@ class MoveUnderWay:
     began: float
     failed: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
+    """Of the failed positions, those that the drive is to blame for; the others came too late, or
+    were not tried."""
 
 
 AnyMove = TypeVar("AnyMove", bound=MoveUnderWay)

@@ -16,12 +16,14 @@ from kvortex.metrics import MissReason
 from kvortex.write_behind import WriteBehind
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Sequence
+    from collections.abc import Container, Generator, Iterable, Sequence
 
     from kvortex.core import BlockKey
     from kvortex.metrics import Counters
     from kvortex.tiers import HostTier
 
+ADOPT_S = 0.005
+"""Of each plan and each report may go to what a former life left: there may be a million blocks."""
 PATIENCE_S = 30.0
 """A move that takes longer is one of a drive that hangs; an idle engine does not wait for it."""
 
@@ -49,7 +51,9 @@ class Overflow:
     ) -> None:
         self.disk = disk
         self.known = False
-        """Whether the workers have told what is on their disks from a former life."""
+        """Whether the workers have told what is on their disks from a former life, and all of it
+        has been taken in."""
+        self._adopting: Generator[None] | None = None
         ids = itertools.count()
         self.write_behind = WriteBehind(
             host, disk, counters, ids, num_ranks, block_bytes, write_bytes_per_s
@@ -71,6 +75,8 @@ class Overflow:
         that hangs, which may be for ever."""
         moves = itertools.chain(self.write_behind.under_way, self.fetches.under_way)
         oldest = min((move.began for move in moves), default=None)
+        if self._adopting is not None:
+            return True
         if oldest is not None:
             return time.perf_counter() - oldest < PATIENCE_S
         return bool(self._erases) or (self.write_behind.waits and not self.writing_off)
@@ -98,6 +104,7 @@ class Overflow:
 
     def take_plan(self) -> DiskPlan | None:
         """What the workers shall move next; None if nothing."""
+        self._adopt_more()
         # Before it is known, a slot that looks free may hold a block of a former life.
         writes = self.write_behind.take() if self.known and not self.writing_off else ()
         reads = self.fetches.take()
@@ -108,10 +115,12 @@ class Overflow:
 
     def settle(self, report: DiskReport) -> None:
         """Take in what the workers moved, and at first what is on their disks."""
-        if report.survivors is not None:
-            self._adopt(report.survivors)
         if report.num_slots is not None:
             self.disk.index.limit(report.num_slots)
+        if report.survivors is not None:
+            self._adopt(report.survivors)
+        else:
+            self._adopt_more()
         self._counters.count_disks(report.counted)
         self.reading_off += report.reading_off
         self.writing_off += report.writing_off
@@ -136,6 +145,9 @@ class Overflow:
 
     def reset(self) -> None:
         """Forget every block, also those that only wait or are under way, or were not heard of."""
+        if self._adopting is not None:
+            self._adopting.close()
+            self._adopting, self.known = None, True
         self.fetches.reset()
         self.write_behind.reset()
         self.disk.clear()
@@ -144,10 +156,24 @@ class Overflow:
         self._disowned = self._disowned or not self.known
 
     def _adopt(self, survivors: dict[BlockKey, int]) -> None:
-        if not self.known and not self._disowned:
-            self._counters.disk_survivors += len(survivors)
-            self.disk.adopt(survivors)
-        self.known = True
+        if self.known or self._adopting is not None:
+            return
+        if self._disowned:
+            self.known = True
+            return
+        self._counters.disk_survivors += len(survivors)
+        self._adopting = self.disk.adopt(survivors)
+        self._adopt_more()
+
+    def _adopt_more(self) -> None:
+        """Go on for a moment; no step of the engine waits for all of it."""
+        if self._adopting is None:
+            return
+        until = time.perf_counter() + ADOPT_S
+        for _ in self._adopting:
+            if time.perf_counter() > until:
+                return
+        self._adopting, self.known = None, True
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,11 @@ class PrefixTree:
         self._orphans: dict[BlockKey, Block] = {}
         """By the key of a parent that is not readable, the newest of its children."""
 
+    @property
+    def has_orphans(self) -> bool:
+        """Whether any readable block has a parent that is not."""
+        return bool(self._orphans)
+
     def add(self, block: Block, parent: Block | None) -> None:
         """A block became readable; `parent` is the readable one of `block.parent`, if any."""
         block.below = self._orphans.pop(block.key, None)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvortex.core import PoolAllocationError
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -63,7 +61,7 @@ class Preparation:
             if self._device is not None:
                 torch.cuda.set_device(self._device)  # else CUDA opens a context on GPU 0
             self._prepare()
-        except (OSError, RuntimeError, PoolAllocationError) as error:
+        except Exception as error:  # noqa: BLE001  (whatever it is: somebody waits for the end)
             self.error = error
         with self._changed:
             self.ended = True

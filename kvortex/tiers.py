@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvortex.block import Block, State
 from kvortex.guarded_policy import GuardedPolicy
-from kvortex.index import Index
+from kvortex.index import SCANNED, Index
 from kvortex.policies import Always
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import (
+        Callable,
+        Container,
+        Generator,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     from kvortex.core import BlockKey
     from kvortex.policies import AdmissionFilter, EvictionPolicy, Place
@@ -118,16 +128,27 @@ class HostTier:
             self._arrived(key)
         return blocks
 
-    def adopt(self, slots: Mapping[BlockKey, int]) -> None:
-        """Blocks that were in this tier in a former life, the oldest first, are readable again."""
-        here = self.index
-        known = {
-            key: slot
-            for key, slot in slots.items()
-            if 0 <= slot < here.num_slots and here.get(key) is None and key not in self._arriving
-        }
-        for block in here.adopt(known):
-            self._policy.insert(block.key)
+    def adopt(self, slots: Mapping[BlockKey, int]) -> Generator[None]:
+        """Blocks that were in this tier in a former life, the oldest first, are readable again.
+
+        A batch whenever it is asked for the next; until its end nothing may be reserved. Closed
+        before that, it leaves the rest.
+        """
+        here, items = self.index, iter(slots.items())
+        rows: list[tuple[BlockKey, int]] = []
+        while some := list(itertools.islice(items, SCANNED)):
+            rows += [
+                (key, slot)
+                for key, slot in some
+                if 0 <= slot < here.num_slots
+                and here.get(key) is None
+                and key not in self._arriving
+            ]
+            yield
+        with closing(here.adopt(rows)) as adopted:
+            for keys in adopted:
+                self._policy.insert_all(keys)
+                yield
 
     def commit(self, blocks: Sequence[Block]) -> None:
         """The bytes are there: the keys become readable, the last first (see `touch`)."""

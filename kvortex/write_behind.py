@@ -6,10 +6,12 @@ Runs in vLLM's scheduler process, on its thread; the workers' disks take the byt
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvortex.block import State
+from kvortex.disk.pace import Pace
 from kvortex.moves_under_way import MovesUnderWay, MoveUnderWay, parted
 from kvortex.policies import Place
 
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 WRITING_BYTES = 256 << 20
 """May be on their way to the disk at once, as far as an eighth of the host pool."""
 WRITING_S = 1.0
-"""Of writing at the speed that is allowed may be on its way at once; what is planned much further
-ahead is refused by the worker's Pace, and may wait in the host instead."""
+"""Of writing at the speed that is allowed may be on its way at once, and one block: what is planned
+much further ahead is refused by the worker's Pace, and waits in the host instead."""
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +72,7 @@ class WriteBehind:
         self._block_bytes = block_bytes
         self._waiting: dict[BlockKey, None] = {}
         self._writing = 0
+        self._pace = Pace(bytes_per_s)
         allowed = WRITING_BYTES
         if bytes_per_s is not None:
             allowed = min(allowed, int(bytes_per_s * WRITING_S))
@@ -109,8 +112,10 @@ class WriteBehind:
                 self._counters.disk_missed_writes += 1
 
     def take(self) -> tuple[DiskMove, ...]:
-        """What to write next: as much as may be on its way at once."""
-        batch = self._take_waiting(self._most_writing - self._writing)
+        """What to write next: as much as may be on its way at once, and no faster than allowed."""
+        now = time.monotonic()
+        room = self._pace.room(self._block_bytes, now, WRITING_S)
+        batch = self._take_waiting(min(room, self._most_writing - self._writing))
         on_disk = self._disk.reserve(
             [block.key for block in batch], [block.parent for block in batch]
         )
@@ -119,6 +124,8 @@ class WriteBehind:
         if in_host:
             self._host.pin(in_host)
             self._writing += len(in_host)
+            for _ in in_host:
+                self._pace.appoint(self._block_bytes, now)
             self.under_way.begin(in_host, on_disk)
         return self.under_way.take_new()
 
@@ -155,13 +162,14 @@ class WriteBehind:
         return batch
 
     def _end(self, write: Write) -> list[int]:
+        self._pace.hear(self._writing * self._block_bytes, time.monotonic())
         self._writing -= len(write.in_host)
         unwanted = {n for n, one in enumerate(write.in_host) if one.state is not State.RESIDENT}
         self._host.unpin(write.in_host)
         good, bad = parted(write.on_disk, write.failed | unwanted | write.distrusted)
         self._disk.abort(bad)
         self._disk.commit(good)
-        self._counters.disk_failed_writes += len(write.failed)
+        self._counters.disk_failed_writes += len(write.lost)
         self._counters.disk_written_blocks += len(good)
         self._counters.disk_written_bytes += len(good) * self._block_bytes
         return [write.on_disk[position].slot for position in write.distrusted]

@@ -40,9 +40,11 @@ class Ghosts:
         self._per_tick = max(1, -(-count // TICKS))
         self._ticks_kept = count // self._per_tick
         self._tick = self._puts = 0
+        self._empty = True
 
     def put(self, key: bytes, number: int) -> None:
         """Remember a key that is not remembered; larger numbers count as 255."""
+        self._empty = False
         table = self._table
         first, tag = self._find(key)
         way = table[first + HAND]
@@ -55,6 +57,8 @@ class Ghosts:
 
     def pop(self, key: bytes) -> int | None:
         """Forget a key; its number, or None if it is not remembered."""
+        if self._empty:  # as while a tier adopts what was left to it
+            return None
         table = self._table
         first, tag = self._find(key)
         tags = table[first : first + WAYS]

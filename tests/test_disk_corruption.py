@@ -80,7 +80,9 @@ class Reader:
         self.pool.bytes.fill_(0xEE)
         self.pool.checksums.fill_(0)
         job = DiskJob(1, [key], [slot], [0], 0.0, 1, [BlockRead.of(num_pieces(SLOT_BYTES))])
-        moves = Moves(files, self.memory, self.checksums, {1: job}, Event(), lambda: None)
+        moves = Moves(
+            files, self.memory, self.checksums, {1: job}, Event(), lambda: True, lambda: None
+        )
         if moves.read((1, 0, 0, 1, 1 << 62)) is not Status.DONE:
             return None
         if is_whole(self.pool, 0, key, self.verification):

@@ -188,6 +188,23 @@ def test_foreign_files_stay(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.usefixtures("short_of_room")
+def test_a_cache_of_which_a_foreign_file_stays_has_made_room_once(tmp_path: Path) -> None:
+    folder = fill_disk(tmp_path, OTHER)
+    fill_disk(tmp_path, OTHER, rank=1)
+    (folder / "thesis.tex").write_text("mine")
+    root = os.open(tmp_path, os.O_RDONLY)
+    try:
+        others = kvortex.disk.neighbours.Neighbours(root, NAMESPACE.digest(SLOT_BYTES).hex())
+        assert (others.make_room(), others.make_room(), others.removed) == (True, False, 1)
+        assert [path.name for path in folder.parent.rglob("*")] == ["rank-0", "thesis.tex"]
+        others = kvortex.disk.neighbours.Neighbours(root, NAMESPACE.digest(SLOT_BYTES).hex())
+        assert (others.make_room(), others.removed) == (False, 0)
+    finally:
+        os.close(root)
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
 def make_link(path: Path, target: Path) -> None:
     path.symlink_to(target)
 

@@ -395,6 +395,97 @@ def test_a_folder_that_went_away_is_used_again_if_it_comes_back_as_it_was(
         assert disk.exists() is (what != "gone")
 
 
+@pytest.mark.parametrize("what", ["disk", "records", "slots"])
+def test_a_folder_that_is_removed_is_noticed_without_an_error_and_used_again_if_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """Files that are open are written and read as well when they are deleted."""
+    monkeypatch.setattr(kvortex.disk.store, "LOOK_S", 0.02)
+    monkeypatch.setattr(kvortex.disk.breaker, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(kvortex.disk.breaker, "LONGEST_PAUSE_S", 0.1)
+    disk, away, deadline = tmp_path / "disk", tmp_path / "away", time.monotonic() + 20
+
+    def until(off: bool) -> None:
+        while (told := store.poll()).reading_off is not off or told.writing_off is not off:
+            assert time.monotonic() < deadline
+            store.wait(0.01)
+
+    with opened(disk) as (store, pool):
+        written(store, pool, SLOTS)
+        for _ in range(10):
+            store.poll()
+            time.sleep(0.01)
+        assert (store.poll().reading_off, caplog.records) == (False, [])
+        place = disk if what == "disk" else next(disk.rglob(what))
+        place.rename(away)
+        until(off=True)
+        assert f"not those at {disk}" in caplog.text
+        assert len(caplog.records) == 1
+        assert store.counters.times_off == 2
+        for _ in range(20):
+            store.poll()
+            time.sleep(0.01)
+        assert not place.exists()
+        away.rename(place)
+        until(off=False)
+        assert read(store, pool, KEYS, list(SLOTS.values())) == [block_bytes(k) for k in KEYS]
+        assert not written(store, pool, {b"new": 6})
+    with opened(disk) as (store, _):
+        assert set(store.survivors.keys) == {*KEYS, b"new"}
+
+
+def test_why_a_drive_stays_off_is_told_when_it_is_another_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kvortex.disk.breaker, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(kvortex.disk.breaker, "LONGEST_PAUSE_S", 0.05)
+    faults, disk = Faults(writes_only=True), tmp_path / "disk"
+    told: list[list[str]] = []
+
+    def tried(times: int) -> None:
+        """Until it has been so often in vain."""
+        for _ in range(times):
+            before = store._writing._next_trial
+            while store._writing._next_trial == before:
+                store.poll()
+                store.wait(0.01)
+        told.append([record.getMessage() for record in caplog.records])
+        caplog.clear()
+
+    with opened(disk, open_file=faults.open_file) as (store, pool):
+        faults.error = errno.EIO
+        for slot in (1, 2, 4):
+            written(store, pool, {b"x": slot})
+        tried(3)
+        faults.error = errno.ENOSPC
+        tried(4)
+        disk.rename(tmp_path / "away")
+        tried(4)
+    off, full, gone = told
+    assert len(off) == 1
+    assert "(Input/output error); blocks" in off[0]
+    assert full == [f"Disk cache: writing to {disk} is still off (No space left on device)."]
+    assert gone == [f"Disk cache: writing to {disk} is still off (No such file or directory)."]
+
+
+class Numberless(DiskFile):
+    """On a file system that numbers a file anew each time somebody looks."""
+
+    @property
+    def inode(self) -> tuple[int, int]:
+        return 0, 0
+
+
+def test_where_files_cannot_be_told_apart_nobody_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvortex.disk.store, "LOOK_S", 0.0)
+    with opened(tmp_path, open_file=Numberless) as (store, pool):
+        for version in range(20):
+            assert not written(store, pool, SLOTS, version)
+        assert not store.poll().writing_off
+
+
 def test_a_trial_that_takes_too_long_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,6 +560,45 @@ def test_nobody_waits_for_a_drive_that_stalls(tmp_path: Path) -> None:
         assert failed[6] == frozenset()
         assert store.counters.slow_blocks >= 2
         faults.delay = 0
+        assert read(store, pool, KEYS[:1], [0]) == [block_bytes(KEYS[0])]
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_drive_that_hangs_goes_off_while_it_hangs_with_one_job_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reads: bool
+) -> None:
+    """A small pool has no more, and the next one is planned when this one has ended."""
+    monkeypatch.setattr(kvortex.disk.store, "WRITE_PATIENCE_S", 0.2)
+    monkeypatch.setattr(kvortex.disk.moves, "WRITE_PATIENCE_S", 0.2)
+    monkeypatch.setattr(kvortex.disk.store, "LEAST_PATIENCE_S", 0.1)
+    monkeypatch.setattr(kvortex.disk.breaker, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(kvortex.disk.breaker, "LONGEST_PAUSE_S", 0.1)
+    faults = Faults()
+    with opened(
+        tmp_path, open_file=faults.open_file, read_deadline_s=0.2, readers=1, writers=1
+    ) as (store, pool):
+        written(store, pool, SLOTS)
+        faults.flows.clear()
+        try:
+            start = time.monotonic()
+            (store.read if reads else store.write)(4, KEYS[:2], [0, 5], [0, 5])
+            while not ((told := store.poll()).reading_off or told.writing_off):
+                assert time.monotonic() < start + 10
+                store.wait(0.01)
+            assert time.monotonic() > start + 0.6
+            assert (told.reading_off, told.writing_off) == (reads, not reads)
+            assert told.ended == {}
+            assert (store.counters.slow_blocks, store.counters.times_off) == (2, 1)
+            (record,) = caplog.records
+            assert "it does not answer in time" in record.getMessage()
+        finally:
+            faults.flows.set()
+        assert ended(store, 4) == {1}  # which was not tried any more
+        assert store.counters.slow_blocks == 2  # it was counted before
+        assert store.counters.write_errors == store.counters.read_errors == 0
+        while (told := store.poll()).reading_off or told.writing_off:
+            assert time.monotonic() < start + 20
+            store.wait(0.01)
         assert read(store, pool, KEYS[:1], [0]) == [block_bytes(KEYS[0])]
 
 

@@ -76,6 +76,18 @@ def test_what_comes_too_late_is_not_lost(tmp_path: Path) -> None:
         assert report.lost == {}
 
 
+def test_a_write_is_lost_by_the_drive_and_not_by_its_pace(tmp_path: Path) -> None:
+    faults = Faults()
+    with opened(tmp_path, 4, open_file=faults.open_file, max_write_bytes_per_s=1.0) as (store, _):
+        worker = DiskWorker(store)
+        faults.error = errno.ENOSPC
+        worker.begin(DiskPlan(writes=(move(1, [b"a", b"b"], [0, 1], [0, 1]),)))
+        report = settled(worker, store, 1)
+        assert report.failed == {1: frozenset({0, 1})}
+        assert report.lost == {1: frozenset({0})}
+        assert report.counted == {"write_errors": 1, "refused_blocks": 1}
+
+
 def test_what_the_ranks_counted_and_which_of_them_are_off_adds_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

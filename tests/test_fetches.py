@@ -125,7 +125,7 @@ def test_the_disk_forgets_what_it_has_lost_and_keeps_what_it_was_too_slow_for() 
     assert [key in setting.disk.readable for key in (b"a", b"b", b"c")] == [True, False, True]
     assert [key in setting.host.readable for key in (b"a", b"b", b"c")] == [False, False, True]
     assert fetch.arrived == 1
-    assert setting.counters.disk_failed_reads == 2
+    assert setting.counters.disk_failed_reads == 1
     setting.overflow.fetches.release("r")
     setting.check()
 

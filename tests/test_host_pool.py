@@ -145,6 +145,21 @@ def test_who_needs_all_of_it_gets_an_error(pins: Registrations) -> None:
     assert pool.bytes.numel() == 0
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", [MemoryError("none left"), ValueError("none left")])
+def test_nobody_waits_for_a_preparation_that_ended_in_whatever_way(
+    pins: Registrations, monkeypatch: pytest.MonkeyPatch, what: Exception
+) -> None:
+    def populate(*_: object) -> None:
+        raise what
+
+    monkeypatch.setattr("kvortex.host_memory.HostMemory.populate", populate)
+    with pytest.raises(PoolAllocationError, match="none left"):
+        HostPool(64 * PIECE, SLOT, pinned=True)
+    assert pins.now == {}
+    assert of_pool() == []
+
+
 def test_nothing_can_be_prepared(pins: Registrations, caplog: pytest.LogCaptureFixture) -> None:
     pins.refuse_at = 0
     with pytest.raises(PoolAllocationError, match=r"out of memory.*lower ram_pool_gb"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from sequences import up_to
 from kvortex.block import Block, State
 from kvortex.index import Index
 
-A, B = b"a", b"b"
+A, B, C = b"a", b"b", b"c"
 
 
 def counts(index: Index) -> tuple[int, int, int]:
@@ -104,21 +106,59 @@ def test_key_is_stored_anew_while_its_older_bytes_are_read() -> None:
 def test_blocks_of_a_former_life_are_readable_where_they_lie() -> None:
     index, told = Index(4), list[tuple[bytes, bool]]()
     index.on_change = lambda key, readable: told.append((key, readable))
-    first, second = index.adopt({A: 2, B: 0})
-    index.check()
+    assert [key for keys in index.adopt([(A, 2), (B, 0)]) for key in keys] == [A, B]
     assert counts(index) == (2, 0, 2)
+    first, second = index.get(A), index.get(B)
+    assert first is not None
+    assert second is not None
+    assert first is index.get(A)
+    index.check()
     assert [(block.key, block.slot, block.parent) for block in index] == [
         (A, 2, None),
         (B, 0, None),
     ]
-    assert (index.get(A), index.get(B)) == (first, second)
     assert told == [(A, True), (B, True)]
     later = [index.reserve(b"c"), index.reserve(b"d")]
     assert {block.slot for block in later} == {1, 3}
-    assert first.order < second.order < later[0].order
+    assert max(first.order, second.order) < later[0].order
     index.forget(first)
     assert (counts(index), told[-1]) == ((1, 2, 1), (A, False))
     index.check()
+
+
+def test_adopted_blocks_are_in_the_tree_like_others() -> None:
+    """Whether they come before what continues them or after, and nobody asked for them yet."""
+    index = Index(4)
+    child = index.reserve(B, A)
+    index.publish(child)
+    assert list(index.orphans(A)) == [child]
+    for _ in index.adopt([(A, 0), (C, 1)]):
+        pass
+    assert child.above is index.get(A)
+    assert list(index.orphans(A)) == []
+    late = index.reserve(b"late", C)
+    index.publish(late)
+    parent = index.get(C)
+    assert parent is not None
+    assert (late.above, parent.below) == (parent, late)
+    index.forget(parent)
+    assert list(index.orphans(C)) == [late]
+    assert len(list(index)) == 3
+
+
+@pytest.mark.parametrize("batches", range(6))
+def test_what_is_not_adopted_to_the_end_is_given_back(
+    batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvortex.index.BATCH", 2)
+    index = Index(8)
+    adoption = index.adopt([(b"%d" % slot, slot) for slot in (3, 1, 6, 0, 7)])
+    for _ in itertools.islice(adoption, batches):
+        pass
+    adoption.close()
+    index.check()
+    assert index.resident == (0, 0, 0, 2, 4, 5)[batches]
+    assert index.free == 8 - index.resident
 
 
 def test_slots_past_a_limit_leave_with_their_holder() -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
 
-from overflows import PLACE, Setting
+import pytest
+from overflows import PLACE, Setting, name
 
 import kvortex.overflow
 from kvortex.core import DiskPlan, DiskReport
 from kvortex.metrics import MissReason
 from kvortex.policies import LRU
-
-if TYPE_CHECKING:
-    import pytest
 
 
 def test_nothing_is_written_before_it_is_known_what_is_on_disk() -> None:
@@ -128,6 +126,64 @@ def test_survivors_past_the_end_or_twice_are_not_adopted() -> None:
     assert b"a" in setting.disk.readable
     assert b"past" not in setting.disk.readable
     setting.disk.index.check()
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What survived is taken in two blocks at a time."""
+    monkeypatch.setattr("kvortex.overflow.ADOPT_S", -1.0)
+    monkeypatch.setattr("kvortex.index.BATCH", 2)
+
+
+def test_many_survivors_are_taken_in_over_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written meanwhile, as a slot that looks free may hold one of them."""
+    slowly(monkeypatch)
+    keys = [name(number) for number in range(11)]
+    setting = Setting(known=False).stored(b"new").survived(*keys)
+    steps = 0
+    while not setting.overflow.known:
+        assert setting.overflow.pending
+        assert setting.overflow.why_not_fetched(keys[-1]) is MissReason.LATE
+        plan = setting.overflow.take_plan()
+        assert plan is None or setting.overflow.known
+        steps += 1
+        assert steps < 20
+    assert steps > 5
+    assert plan is not None
+    assert [block.slot for block in setting.disk.index] == list(range(11))
+    assert setting.counters.disk_survivors == 11
+    setting.end(*plan.writes)
+    assert b"new" in setting.disk.readable
+    setting.check()
+
+
+@pytest.mark.parametrize("steps", range(9))
+def test_a_reset_ends_what_is_being_taken_in(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    slowly(monkeypatch)
+    setting = Setting(known=False).survived(*map(name, range(11)))
+    for _ in range(steps):
+        setting.overflow.take_plan()
+    setting.overflow.reset()
+    assert setting.plan().clear
+    assert setting.overflow.known
+    assert setting.disk.index.free == 64
+    assert setting.disk.index.resident == 0
+    setting.check()
+
+
+def test_no_step_waits_for_a_million_survivors() -> None:
+    """A disk of 100 GB with blocks of 128 KiB has 763 thousand; here are fewer."""
+    count = 100_000
+    setting = Setting(disk_slots=count, known=False)
+    survivors = {b"%032d" % slot: slot for slot in range(count)}
+    spent = []
+    start = time.thread_time()
+    setting.overflow.settle(DiskReport(survivors=survivors))
+    while not setting.overflow.known:
+        spent.append(time.thread_time() - start)
+        start = time.thread_time()
+        setting.overflow.take_plan()
+    assert sorted(spent)[len(spent) // 2] < 0.02
+    assert setting.disk.index.resident == count
 
 
 def test_an_idle_engine_does_not_wait_for_a_drive_that_hangs(

@@ -100,6 +100,27 @@ def nothing_is_held(keeper: SchedulerSide, overflow: Overflow) -> bool:
     return overflow.fetches._room == overflow.fetches._most_held and not keeper._prefetcher._since  # type: ignore[union-attr]
 
 
+def test_nothing_is_fetched_before_all_that_is_on_disk_is_known(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the request would go without the blocks that were not taken in yet."""
+    monkeypatch.setattr("kvortex.overflow.ADOPT_S", -1.0)
+    monkeypatch.setattr("kvortex.index.BATCH", 4)
+    keeper, overflow = side()
+    asked = request(160)
+    on_disk(keeper, asked)
+    while overflow.disk.index.resident < 4:
+        overflow.take_plan()
+    assert not overflow.known
+    keeper.arrived(asked)
+    assert keeper.match(asked, 0) == (None, False)
+    while not overflow.known:
+        assert overflow.take_plan() is None
+    assert keeper.match(asked, 0) == (None, False)
+    assert end_reads(overflow) == 9
+    assert keeper.match(asked, 0)[0] == 144
+
+
 def test_a_request_is_held_back_until_its_blocks_are_in_the_host(clock: Clock) -> None:
     keeper, overflow = side()
     asked = request(160)

@@ -14,6 +14,7 @@ from kvortex.prefix_match import Reach
 
 if TYPE_CHECKING:
     from collections.abc import Container
+    from pathlib import Path
 
     from kvortex.connector.scheduler_side import SchedulerSide
 
@@ -163,6 +164,13 @@ def test_what_loading_is_asked_for_is_checked() -> None:
         KVortexConfig(load="never")
     with pytest.raises(ConfigError, match=r"min_load_tokens=-1: .*at least 0"):
         KVortexConfig(min_load_tokens=-1)
+
+
+def test_a_limit_that_lets_nothing_be_written_is_refused(tmp_path: Path) -> None:
+    disk = {"disk_path": str(tmp_path), "disk_pool_gb": 1}
+    side(**disk, disk_max_write_mb_s=0.02)
+    with pytest.raises(ConfigError, match=r"disk_max_write_mb_s=0\.01: one KV block has 1\.05 MB"):
+        side(**disk, disk_max_write_mb_s=0.01)
 
 
 def test_a_thousand_blocks_are_looked_up_quickly(benchmark: Any) -> None:

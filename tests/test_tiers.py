@@ -170,7 +170,7 @@ def test_the_later_store_wins_in_any_order_of_arrival() -> None:
 
 def test_blocks_of_a_former_life_leave_the_oldest_first() -> None:
     host = tier(3)
-    host.adopt({A: 2, B: 0, C: 3, D: -1})  # of a pool that was larger
+    list(host.adopt({A: 2, B: 0, C: 3, D: -1}))  # of a pool that was larger
     assert (readable(host), counts(host.index)) == ([A, B], (1, 0, 2))
     host.reserve([b"1", b"2"])
     assert readable(host) == [B]
@@ -183,7 +183,7 @@ def test_what_is_here_or_comes_is_not_taken_from_a_former_life() -> None:
     (here,) = stored(host, A)
     arriving = host.reserve([B])
     free = next(slot for slot in range(4) if slot not in (here.slot, arriving[0].slot))
-    host.adopt({A: free, B: free, C: free})
+    list(host.adopt({A: free, B: free, C: free}))
     assert host.lookup(A) is here
     assert (readable(host), counts(host.index)) == ([A, C], (1, 1, 2))
     host.commit(arriving)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import pytest
 from overflows import BLOCK_BYTES, PLACE, Setting, name
 
+from kvortex.core import ConfigError
+from kvortex.disk.pace import BURST_S, Pace, require_pace
 from kvortex.policies import SecondSight
+
+if TYPE_CHECKING:
+    from kvortex.core import DiskMove
 
 
 def test_blocks_are_written_in_the_order_of_their_coming_and_few_at_once() -> None:
@@ -32,6 +40,46 @@ def test_no_more_is_on_its_way_than_may_be_written_in_a_second() -> None:
     setting = Setting(64, speed=1.0).stored(*map(name, range(8)))
     (move,) = setting.plan().writes
     assert len(move.keys) == 1
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.4, 5.0])
+@pytest.mark.parametrize("block_s", [0.01, 0.3, 1.7, 4.0, 60.0])
+def test_a_small_limit_makes_writing_slow_and_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, block_s: float, delay: float
+) -> None:
+    """However late the worker, which keeps to a pace of its own, hears of the first plan."""
+    now, count = 100.0, 12
+    monkeypatch.setattr("kvortex.write_behind.time.monotonic", lambda: now)
+    setting = Setting(256, speed=BLOCK_BYTES / block_s).stored(*map(name, range(count)))
+    worker = Pace(BLOCK_BYTES / block_s)
+    on_their_way: list[tuple[float, DiskMove]] = []
+    under_way: list[tuple[float, DiskMove]] = []
+    while setting.overflow.pending and now < 1000 + count * block_s:
+        heard = now + (delay if now == 100 else 0.0)
+        on_their_way += [(heard, move) for move in setting.plan().writes]
+        for heard, move in [one for one in on_their_way if one[0] <= now]:
+            on_their_way.remove((heard, move))
+            starts = [worker.appoint(BLOCK_BYTES, now) for _ in move.keys]
+            assert None not in starts
+            under_way.append((max(filter(None, starts)), move))
+        for end, move in [one for one in under_way if one[0] <= now]:
+            under_way.remove((end, move))
+            setting.end(move)
+        now += 0.02
+    assert setting.counters.disk_written_blocks == count
+    assert setting.counters.disk_missed_writes == 0
+    at_pace = (count - 1) * block_s - BURST_S
+    assert at_pace <= now - 100 <= max(0, at_pace) + delay + 1.5
+    setting.check()
+
+
+def test_a_limit_by_which_next_to_nothing_is_written_is_refused() -> None:
+    require_pace(None, 4 << 20)
+    require_pace(0.1, 4 << 20)
+    told = r"disk_max_write_mb_s=0\.05: one KV block has 4\.19 MB and .* at least .*=0\.0706"
+    with pytest.raises(ConfigError, match=told):
+        require_pace(0.05, 4 << 20)
+    require_pace(0.0706, 4 << 20)
 
 
 def test_a_block_that_is_only_arriving_goes_on_waiting() -> None:
@@ -87,10 +135,10 @@ def test_only_what_is_worth_a_write_is_written() -> None:
 def test_failed_writes_are_not_on_disk() -> None:
     setting = Setting(64).stored(b"a", b"b", b"c")
     (move,) = setting.plan().writes
-    setting.end(move, failed=[1])
-    assert [setting.disk.lookup(key) is not None for key in move.keys] == [True, False, True]
-    assert setting.counters.disk_failed_writes == 1
-    assert setting.counters.disk_written_blocks == 2
+    setting.end(move, failed=[0], lost=[1])
+    assert [setting.disk.lookup(key) is not None for key in move.keys] == [False, False, True]
+    assert setting.counters.disk_failed_writes == 1  # the other one was only refused, or slow
+    assert setting.counters.disk_written_blocks == 1
     setting.check()
 
 

@@ -38,12 +38,14 @@ class Prefetcher:
     def begin(self, tracked: TrackedRequest) -> None:
         """Start to bring what lies on disk of the request, from block `tracked.first` on.
 
-        Where the host had no room for all of it, as many others wait, it may have by now.
+        Where the host had no room for all of it, as many others wait, it may have by now. Before it
+        is known what is there, only the first blocks of it might be found.
         """
         request_id = tracked.request.request_id
         fetch = self._fetches.of(request_id)
         begun = fetch is not None and not fetch.short
-        if begun or self._overflow.reading_off or request_id in self._late:
+        can_read = self._overflow.known and not self._overflow.reading_off
+        if begun or not can_read or request_id in self._late:
             return
         keys, parents = self._loads.beyond_host(tracked, self._overflow)
         if keys:

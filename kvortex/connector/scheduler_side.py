@@ -20,6 +20,7 @@ from kvortex.connector.tracked_request import TrackedRequest
 from kvortex.core import Direction, StepPlan, StepReport
 from kvortex.cost_model import CostModel
 from kvortex.disk import disk_slots_in_pool
+from kvortex.disk.pace import require_pace
 from kvortex.metrics import Gauges, MissReason
 from kvortex.plugins import load_admission, load_policy
 from kvortex.policies import Place
@@ -64,7 +65,7 @@ class SchedulerSide:
 
     Raises:
         ConfigError: a pool without a slot, a policy that is not installed, a trace that cannot be
-            written.
+            written, a limit of writing that lets nothing be written.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class SchedulerSide:
         disk = None
         if config.disk_pool_gb is not None:
             disk_slots = disk_slots_in_pool(config.disk_pool_gb, geometry.slot_bytes, ranks)
+            require_pace(config.disk_max_write_mb_s, geometry.slot_bytes * ranks)
             disk = _tier(config, disk_slots)
         self.offload = OffloadScheduler(
             host, ranks, geometry.slot_bytes, disk, config.disk_write_bytes_per_s

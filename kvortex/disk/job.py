@@ -41,7 +41,7 @@ class DiskJob:
     disk_slots: list[int]
     host_slots: list[int]
     deadline: float
-    """Second after which nobody waits for it any more."""
+    """Second after which the drive is failing that has not ended it; set anew each time it is."""
     parts: int
     reads: list[BlockRead] = field(default_factory=list)
     """Of each block; empty if this is a write."""
@@ -52,13 +52,19 @@ class DiskJob:
     left: int = 0
     """Of all blocks."""
     failed: dict[int, Status] = field(default_factory=dict)
-    is_late: bool = False
+    slow: set[int] = field(default_factory=set)
+    """Positions that had not ended at the first deadline, and are counted for it."""
     reason: str = ""
     """Of the last error."""
 
     def __post_init__(self) -> None:
         self.parts_left = [self.parts] * len(self.keys)
         self.left = self.parts * len(self.keys)
+
+    @property
+    def unended(self) -> set[int]:
+        """Positions of blocks of which a part is with the lanes."""
+        return {position for position, left in enumerate(self.parts_left) if left}
 
     def end(self, position: int, status: Status, parts: int = 1) -> None:
         """Parts of a block are not with the lanes, or no longer; its first failure is kept."""

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ERASE, WIPE, TRIAL = -1, -2, -3
+ERASE, WIPE, TRIAL, LOOK = -1, -2, -3, -4
 """Instead of a job: erase the slot that is the position; erase all records; see whether the drive
-works, in time."""
+works, in time; see whether the files are where they were."""
 WRITE_PATIENCE_S = 5.0
 """A block that could not be written so long after its appointment is given up: its host slot is
 needed."""
@@ -40,7 +40,8 @@ class Moves:
         checksums: of records.
         jobs: by id.
         closing: set, nobody waits for an appointment any more.
-        renew: has the files opened anew, if they are not where they were.
+        is_there: tells whether the files are where they were.
+        renew: has them opened anew, if they are not.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Moves:
         checksums: Checksums,
         jobs: Mapping[int, DiskJob],
         closing: Event,
+        is_there: Callable[[], bool],
         renew: Callable[[], None],
     ) -> None:
         self._files = files
@@ -57,8 +59,11 @@ class Moves:
         self._checksums = checksums
         self._jobs = jobs
         self._closing = closing
+        self._is_there = is_there
         self._renew = renew
         self._host_slots = len(memory) // files.slot_bytes
+        self.why_off = ["", ""]
+        """Of the last trial of reading, and of writing, that failed: why."""
 
     def write(self, row: Row) -> Status:
         """Write a block when its time has come, or erase a slot."""
@@ -90,6 +95,8 @@ class Moves:
         job = self._jobs.get(row[0])  # none: an order, or given up when the store closed
         if job is not None:
             job.reason = reason
+        elif row[0] == TRIAL:
+            self.why_off[row[1]] = reason
         return Status.ERROR
 
     def _carry_out(self, row: Row) -> Status:
@@ -99,6 +106,8 @@ class Moves:
             self._files.erase(position)
         elif what == WIPE:
             self._files.wipe()
+        elif what == LOOK:
+            return Status.DONE if self._is_there() else Status.ERROR
         else:
             self._renew()
             self._files.try_out(writes=bool(position))

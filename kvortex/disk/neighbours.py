@@ -61,7 +61,9 @@ def remove_idle(root: int) -> int:
 
 
 def removed(root: int, name: str) -> bool:
-    """Remove a cache with all its ranks if nobody holds one; what is not ours in it stays."""
+    """Remove a cache with all its ranks if nobody holds one; what is not ours in it stays, with the
+    folders around it. Returns whether it made any room."""
+    made_room = False
     try:
         with opened_folder(name, root) as namespace, ExitStack() as stack:
             found = ranks(namespace)
@@ -72,10 +74,12 @@ def removed(root: int, name: str) -> bool:
                 for own in OWN_NAMES:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(own, dir_fd=folder)
-                os.rmdir(rank, dir_fd=namespace)
+                        made_room = made_room or own != LOCK  # which `held` may have made
+                with contextlib.suppress(OSError):  # a foreign file is there, too
+                    os.rmdir(rank, dir_fd=namespace)
         os.rmdir(name, dir_fd=root)
     except (OSError, ConfigError):
-        return False
+        return made_room
     return True
 
 

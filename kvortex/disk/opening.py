@@ -71,6 +71,19 @@ class OpenCache:
             raise ConfigError(told) from error
         self._warn(disk_path)
 
+    @property
+    def path(self) -> Path:
+        """Of the folder."""
+        return self._folder.path
+
+    def is_there(self) -> bool:
+        """Whether the open files are where they were; deleted ones can be used as well as any.
+
+        May be called on any lane.
+        """
+        with self._renewing:
+            return self.files.is_at(self._folder.path)
+
     def renew(self) -> None:
         """Have the files open that are in the folder now, where its mount vanished or returned.
 

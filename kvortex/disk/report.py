@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvortex.disk.slots import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from kvortex.disk.job import DiskJob
 
 TOLD = (
     "corrupt_blocks",
@@ -32,7 +32,7 @@ _COUNTED_AS = {
 
 @dataclass(slots=True)
 class DiskCounters:
-    """Since start. A block is counted when its job ended."""
+    """Since start. A block is counted when its job ended, and a slow one as soon as it is slow."""
 
     read_blocks: int = 0
     read_bytes: int = 0
@@ -49,7 +49,8 @@ class DiskCounters:
     write_errors: int = 0
     """Blocks that it failed to write."""
     slow_blocks: int = 0
-    """Blocks that were not read by their deadline, or not written in time."""
+    """Blocks that were not read by their deadline, or not written in time; some of them came later,
+    or failed otherwise."""
     refused_blocks: int = 0
     """Not tried: the drive is off, behind, or may not be written faster."""
     times_off: int = 0
@@ -66,10 +67,12 @@ class DiskCounters:
             self.written_blocks += blocks
             self.written_bytes += blocks * slot_bytes
 
-    def count_failures(self, statuses: Collection[Status], *, is_read: bool) -> None:
-        """Blocks that did not."""
-        for status in statuses:
-            name = _COUNTED_AS.get(status) or ("read_errors" if is_read else "write_errors")
+    def count_failures(self, job: DiskJob) -> None:
+        """Blocks that did not; those that came too late may have been counted while they did."""
+        for position, status in job.failed.items():
+            if status is Status.LATE and position in job.slow:
+                continue
+            name = _COUNTED_AS.get(status) or ("read_errors" if job.reads else "write_errors")
             setattr(self, name, getattr(self, name) + 1)
 
     def as_dict(self) -> dict[str, int]:
@@ -82,9 +85,10 @@ class StoreReport:
     """What became of jobs since the last report.
 
     `ended` has, per job, the positions that failed; its slots, host and disk, are free to be used.
-    `lost` has, per read, those of the failed positions of which the disk does not have the bytes;
-    the others can be read another time. While reading or writing is off, jobs of that kind are
-    refused; a later report tells that it is on again.
+    `lost` has, per job, those of the failed positions that the drive is to blame for: of a read,
+    the disk does not have the bytes. The others came too late or were not tried, and can be tried
+    another time. While reading or writing is off, jobs of that kind are refused; a later report
+    tells that it is on again.
     """
 
     ended: dict[int, frozenset[int]]

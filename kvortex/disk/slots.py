@@ -121,11 +121,14 @@ class SlotFiles:
         files = self._files
         if files is None:
             return False
-        try:
-            found = (folder / SLOTS).lstat()
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == files.slots.inode
+        for name, file in ((RECORDS, files.records), (SLOTS, files.slots)):
+            try:
+                found = (folder / name).lstat()
+            except OSError:
+                return False
+            if (found.st_dev, found.st_ino) != file.inode:
+                return False
+        return True
 
     def let_go(self) -> None:
         """Have the files closed once nobody reads or writes them; from now on all calls fail."""

@@ -7,6 +7,7 @@ queues; lanes, which have threads, do all reading, writing, waiting and checking
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from kvortex.disk.checksums import Checksums
 from kvortex.disk.file import DiskFile
 from kvortex.disk.job import BlockRead, DiskJob
 from kvortex.disk.lane import Lane
-from kvortex.disk.moves import ERASE, TRIAL, WIPE, WRITE_PATIENCE_S, Moves
+from kvortex.disk.moves import ERASE, LOOK, TRIAL, WIPE, WRITE_PATIENCE_S, Moves
 from kvortex.disk.opening import OpenCache
 from kvortex.disk.pace import Pace
 from kvortex.disk.report import DiskCounters, StoreReport
@@ -41,7 +42,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOST = {Status.ERROR, Status.CORRUPT, Status.STALE}
-"""Of a block that could not be read; what came too late, or was not tried, is there still."""
+"""Of a block that the drive is to blame for; what came too late, or was not tried, may yet be."""
+LOOK_S = 5.0
+"""Between two looks at whether the files are where they were."""
+LEAST_PATIENCE_S = 1.0
+"""Before a late job counts as another error: a short stall is one error, whatever the deadline."""
+TOO_SLOW = "it does not answer in time"
 CLOSE_S = 10.0
 """For the lanes to end the row that each works on."""
 
@@ -116,11 +122,15 @@ class DiskStore:
         """Slots to erase for which no lane had room yet."""
         self._erasing: set[int] = set()
         self._told_corrupt = False
+        self._next_look = time.monotonic() + LOOK_S
+        self._looking = False
         self._to_wipe = self._wiping = False
         self._cache = OpenCache(
             disk_path, namespace, rank, num_slots, pool.slot_bytes, checksums.scheme, open_file
         )
         self._files = self._cache.files
+        if not self._cache.is_there():  # a file system whose numbers mean nothing
+            self._next_look = math.inf
         found = self._files.survivors
         self.counters.removed_caches = self._cache.removed
         self.counters.invalid_records = found.invalid
@@ -130,14 +140,20 @@ class DiskStore:
         self._answers: Answers = deque()
         self._answered = Bell()
         self._closing = Event()
-        moves = Moves(
-            self._files, self._memory, checksums, self._jobs, self._closing, self._cache.renew
+        self._moves = Moves(
+            self._files,
+            self._memory,
+            checksums,
+            self._jobs,
+            self._closing,
+            self._cache.is_there,
+            self._cache.renew,
         )
         shared = (self._answers, self._answered, self._closing)
         self._num_readers = options.readers
-        self._reader = Lane("kvortex-disk-read", options.readers, moves.read, *shared)
+        self._reader = Lane("kvortex-disk-read", options.readers, self._moves.read, *shared)
         self._writers = [
-            Lane(f"kvortex-disk-write-{number}", 1, moves.write, *shared)
+            Lane(f"kvortex-disk-write-{number}", 1, self._moves.write, *shared)
             for number in range(options.writers)
         ]
         self._lanes = (self._reader, *self._writers)
@@ -235,6 +251,7 @@ class DiskStore:
         now = time.monotonic()
         self._judge_late(now)
         self._push_erases()
+        self._look(now)
         self._try_again(now)
         ended, self._ended = self._ended, {}
         lost, self._lost = self._lost, {}
@@ -298,6 +315,25 @@ class DiskStore:
                 self._unerased.discard(slot)
                 self._erasing.add(slot)
 
+    def _look(self, now: float) -> None:
+        """See from time to time whether the files are where they were: no use of them tells."""
+        off = self._closing.is_set() or (self._reading.is_off and self._writing.is_off)
+        if not off and not self._looking and now > self._next_look:
+            self._looking = self._order(self._reader, LOOK)
+
+    def _settle_look(self, now: float, *, there: bool) -> None:
+        self._looking = False
+        self._next_look = now + LOOK_S
+        if there or (self._reading.is_off and self._writing.is_off):
+            return
+        logger.warning(
+            "Disk cache: the files that are open are not those at %s any more, as if that was "
+            "removed; blocks are computed instead, and it is looked for from time to time.",
+            self._cache.path,
+        )
+        self._reading.switch_off(now)
+        self._writing.switch_off(now)
+
     def _try_again(self, now: float) -> None:
         """See whether what is off works again, at no request's expense."""
         if self._closing.is_set() or not (self._reading.is_off or self._writing.is_off):
@@ -326,7 +362,7 @@ class DiskStore:
     def _settle(self, job_id: int, position: int, status: Status) -> None:
         """Take in a lane's answer."""
         if job_id < 0:
-            self._settle_order(job_id, position, well=status is Status.DONE)
+            self._settle_order(job_id, position, status)
             return
         job = self._jobs.get(job_id)
         if job is None:  # given up when the store closed over a drive that did not answer
@@ -335,11 +371,16 @@ class DiskStore:
         job.end(position, status)
         self._finish_if_ended(job)
 
-    def _settle_order(self, what: int, position: int, *, well: bool) -> None:
+    def _settle_order(self, what: int, position: int, status: Status) -> None:
         """Take in the answer to a row that belongs to no job."""
-        now = time.monotonic()
+        now, well = time.monotonic(), status is Status.DONE
         if what == TRIAL:
-            (self._writing if position else self._reading).end_trial(now, well=well)
+            why = TOO_SLOW if status is Status.LATE else self._moves.why_off[position]
+            breaker = self._writing if position else self._reading
+            breaker.end_trial(now, well=well, reason=why)
+            return
+        if what == LOOK:
+            self._settle_look(now, there=well)
             return
         if what == WIPE:
             self._wiping = False
@@ -368,7 +409,7 @@ class DiskStore:
         self.counters.count_move(is_read=is_read, blocks=moved, slot_bytes=self.slot_bytes)
         self._ended[job.id] = frozenset(job.failed)
         if job.failed:
-            self.counters.count_failures(job.failed.values(), is_read=is_read)
+            self.counters.count_failures(job)
             corrupt = [at for at, status in job.failed.items() if status is Status.CORRUPT]
             self.erase(job.disk_slots[position] for position in corrupt)
             if corrupt and not self._told_corrupt:
@@ -378,16 +419,22 @@ class DiskStore:
                     "computed again. See the drive's health. Later ones are only counted."
                 )
         lost = frozenset(at for at, status in job.failed.items() if status in LOST)
-        if lost and is_read:
+        if lost:
             self._lost[job.id] = lost
 
     def _judge_late(self, now: float) -> None:
-        """A drive that lets a job wait past its deadline is failing."""
-        late = [job for job in self._jobs.values() if now > job.deadline and not job.is_late]
-        for job in late:
-            job.is_late = True
+        """A drive that lets a job wait past its deadline is failing. As few jobs may be under way,
+        none of which ends, each counts again whenever another patience has passed."""
+        for job in self._jobs.values():
+            if now <= job.deadline:
+                continue
+            patience = self._read_deadline_s if job.reads else WRITE_PATIENCE_S
+            job.deadline = now + max(patience, LEAST_PATIENCE_S)
+            if not job.slow:
+                job.slow = job.unended
+                self.counters.slow_blocks += len(job.slow)
             breaker = self._reading if job.reads else self._writing
-            breaker.fail(now, "it does not answer in time")
+            breaker.fail(now, TOO_SLOW)
 
     def _erase_the_rest(self) -> None:
         """After the lanes have ended."""
