@@ -169,9 +169,9 @@ class Overflow:
         """Go on for a moment; no step of the engine waits for all of it."""
         if self._adopting is None:
             return
-        until = time.perf_counter() + ADOPT_S
+        until = time.monotonic() + ADOPT_S
         for _ in self._adopting:
-            if time.perf_counter() > until:
+            if time.monotonic() > until:
                 return
         self._adopting, self.known = None, True
 
