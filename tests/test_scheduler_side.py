@@ -143,7 +143,7 @@ def test_a_long_load_waits_apart_only_beside_others() -> None:
     keeper = filled(side(), asked)
     keeper.costs.load_bytes_per_s = 50e9  # 1 GB: 20 ms
     assert keeper.match(asked, 0) == (15_984, False)
-    keeper._loads.running = 1
+    keeper._turns.running = 1
     assert keeper.match(asked, 0) == (15_984, True)
     assert keeper.match(asked, 15_200) == (784, False)  # 1 ms
 
@@ -225,17 +225,17 @@ def test_where_nothing_runs_who_is_loaded_goes_first() -> None:
     keeper = filled(side(), loaded)
     keeper.costs.load_bytes_per_s = 1e6
     keeper.costs.prefill_tokens_per_s = 1e-3
-    keeper._loads.running = 1
+    keeper._turns.running = 1
     assert keeper.match(loaded, 0) == (144, True)
     allocated(keeper, loaded, list(range(10)), 144)
     (job,) = keeper.offload._flights.values()
-    keeper._loads.running = 0
+    keeper._turns.running = 0
     assert keeper.match(other, 0) == (0, False)  # while the load is under way it may run
     keeper.settle(told(StepReport({job.job.id: 1})))
     assert keeper.match(other, 0) == (None, False)
-    keeper._loads.running = 1
+    keeper._turns.running = 1
     assert keeper.match(other, 0) == (0, False)
-    keeper._loads.running = 0
+    keeper._turns.running = 0
     assert keeper.match(loaded, 0)[0] is not None  # to be asked again is its turn
     assert keeper.match(other, 0) == (0, False)
 
@@ -245,11 +245,11 @@ def test_nobody_gives_way_to_who_runs_or_is_gone(ends: str) -> None:
     loaded, other = request(160), request(320, number=1)
     keeper = filled(side(), loaded)
     keeper._track(loaded)
-    keeper._loaded = {loaded.request_id}
+    keeper._turns.loaded(loaded.request_id)
     assert keeper.match(other, 0) == (None, False)
     if ends == "runs":
         planned(keeper, loaded, 144, 16)
-        keeper._loads.running = 0
+        keeper._turns.running = 0
     else:
         keeper.finished(loaded)
     assert keeper.match(other, 0) == (0, False)

@@ -17,6 +17,7 @@ from kvortex.connector.messages import ReportMessage
 from kvortex.connector.prefetcher import Prefetcher
 from kvortex.connector.steps_under_way import StepsUnderWay
 from kvortex.connector.tracked_request import TrackedRequest
+from kvortex.connector.turns import Turns
 from kvortex.core import Direction, StepPlan, StepReport
 from kvortex.cost_model import CostModel
 from kvortex.disk import disk_slots_in_pool
@@ -86,7 +87,8 @@ class SchedulerSide:
         )
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
         self._reaches = geometry.reaches
-        self._loads = LoadPlanner(config, geometry, host.readable, self.costs)
+        self._turns = Turns()
+        self._loads = LoadPlanner(config, geometry, host.readable, self.costs, self._turns)
         self._prefetcher: Prefetcher | None = None
         self._adapters: Adapters | None = None
         overflow = self.offload.overflow
@@ -103,8 +105,6 @@ class SchedulerSide:
         self._recorder = _open_recorder(config, geometry)
         self._steps = StepsUnderWay(geometry.block_tokens)
         self._runner = runner
-        self._loaded: set[str] = set()
-        """Requests that waited apart for their load, which has ended, and did not run since."""
         self._store_bytes_per_s: float | None = None
 
     def tell_events(self) -> HostEvents:
@@ -160,7 +160,7 @@ class SchedulerSide:
         Whole blocks, and one token is left to compute. None: to be asked again in a later step,
         while blocks come from disk. vLLM may ask more than once anyway.
         """
-        if self._gives_way(request):
+        if self._turns.gives_way(request.request_id):
             return None, False
         if request.skip_reading_prefix_cache or num_computed_tokens % self._block_tokens:
             return 0, False
@@ -183,7 +183,7 @@ class SchedulerSide:
             self._explain(tracked, num_external_tokens)
             self._touch(tracked)
             self._record(tracked, num_external_tokens)
-        self._loads.running += 1
+        self._turns.comes()
         self.offload.counters.unpaid_tokens += tracked.unpaid
         self.offload.counters.hit_tokens += num_external_tokens
         tracked.unpaid = 0
@@ -203,9 +203,8 @@ class SchedulerSide:
             ]
         )
         self._drop_preempted(output)
-        self._loaded -= output.num_scheduled_tokens.keys()
         num_tokens = output.total_num_scheduled_tokens
-        self._loads.running = len(output.num_scheduled_tokens)
+        self._turns.ran(output.num_scheduled_tokens.keys())
         awaited = self._loads.take_awaited()
         # A step without tokens says nothing, and one that waits for a load nothing of prefill.
         step = self._clock.begin(0 if awaited else num_tokens) if num_tokens else None
@@ -219,7 +218,7 @@ class SchedulerSide:
 
         Returns what became of its prompt, if its client asked for that.
         """
-        self._loaded.discard(request.request_id)
+        self._turns.gone(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         self._end_fetch(request.request_id)
         if tracked is not None and request.status.name != FAILED_STATUS:
@@ -247,8 +246,9 @@ class SchedulerSide:
                 self._release(flight.job.id)
                 continue
             self._loads.ended(flight.job)
-            if flight.job.request_id in self._tracked:
-                self._loaded.add(flight.job.request_id)
+            waited = flight.job.request_id
+            if waited is not None and waited in self._tracked:
+                self._turns.loaded(waited)
             if flight.failed:
                 lost = round(self._loads.tokens(len(flight.blocks) - min(flight.bad)))
                 self.offload.counters.miss(MissReason.FAILED, lost)
@@ -306,15 +306,6 @@ class SchedulerSide:
             if wrong:
                 tracked.compute_again(min(wrong) * self._block_tokens)
         self._store_again()
-
-    def _gives_way(self, request: Request) -> bool:
-        """Whether others, which hold their blocks already, are to be looked at first.
-
-        vLLM 0.26 looks no further once a request finds no room. Where nothing runs and those that
-        were loaded stand behind it, no room would ever be made.
-        """
-        self._loaded.discard(request.request_id)
-        return bool(self._loaded) and self._loads.running == 0
 
     def _tell_runner(self, output: SchedulerOutput) -> None:
         """Of requests that went back; one that waits for each step sees for itself."""
