@@ -57,5 +57,4 @@ def test_who_ran_or_is_gone_waits_no_more(turns: Turns) -> None:
     turns.ran(())
     assert turns.gives_way("c")
     turns.gone("b")
-    turns.gone("a")
     assert not turns.gives_way("c")

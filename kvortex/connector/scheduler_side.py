@@ -11,30 +11,28 @@ from typing import TYPE_CHECKING
 from kvortex.config import slots_in_pool
 from kvortex.connector.adapters import Adapters
 from kvortex.connector.explanation import explain
+from kvortex.connector.gpu_blocks import GpuBlocks
 from kvortex.connector.host_events import HostEvents
 from kvortex.connector.load_planner import LoadPlanner
 from kvortex.connector.messages import ReportMessage
 from kvortex.connector.prefetcher import Prefetcher
 from kvortex.connector.steps_under_way import StepsUnderWay
-from kvortex.connector.tracked_request import TrackedRequest
+from kvortex.connector.store_planner import StorePlanner
+from kvortex.connector.tracked_requests import TrackedRequests
 from kvortex.connector.turns import Turns
 from kvortex.core import Direction, StepPlan, StepReport
 from kvortex.cost_model import CostModel
 from kvortex.disk import disk_slots_in_pool
 from kvortex.metrics import Gauges, MissReason
 from kvortex.plugins import load_admission, load_policy
-from kvortex.policies import Place
 from kvortex.recorder import Recorder
 from kvortex.scheduler import OffloadScheduler
 from kvortex.step_clock import StepClock
 from kvortex.tiers import HostTier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
@@ -43,8 +41,8 @@ if TYPE_CHECKING:
     from kvortex.connector.explanation import Explanation
     from kvortex.connector.geometry import Geometry
     from kvortex.connector.model_runner import ModelRunner
-    from kvortex.connector.steps_under_way import Row
-    from kvortex.core import BlockKey
+    from kvortex.connector.tracked_request import TrackedRequest
+    from kvortex.scheduler import Flight
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +52,8 @@ FAILED_STATUS = "FINISHED_ERROR"
 class SchedulerSide:
     """One per vLLM scheduler; called on its thread only.
 
-    Source blocks of a store get a reference in vLLM's block pool, so that they are not given to
-    another request before every rank reported the store.
+    It tells those that it holds what happens, and asks them what to load, what to store and who
+    waits. None of them knows of it.
 
     Args:
         config: of the connector.
@@ -87,24 +85,23 @@ class SchedulerSide:
         )
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
         self._reaches = geometry.reaches
+        self._block_tokens = geometry.block_tokens
         self._turns = Turns()
         self._loads = LoadPlanner(config, geometry, host.readable, self.costs, self._turns)
         self._prefetcher: Prefetcher | None = None
-        self._adapters: Adapters | None = None
         overflow = self.offload.overflow
         if overflow is not None:
             self._prefetcher = Prefetcher(config, overflow, self._loads, self.offload.counters)
-            self._adapters = Adapters()
             if not outlives:
                 overflow.disown()
-        self._block_tokens = geometry.block_tokens
-        self._pool: BlockPool | None = None
-        self._tracked: dict[str, TrackedRequest] = {}
-        self._held: dict[int, list[KVCacheBlock]] = {}
-        self._clock = StepClock()
-        self._recorder = _open_recorder(config, geometry)
+        adapters = Adapters() if overflow is not None else None
+        self._tracked = TrackedRequests(len(geometry.reaches), adapters)
+        self._gpu = GpuBlocks()
+        self._stores = StorePlanner(self.offload, self._gpu, geometry)
         self._steps = StepsUnderWay(geometry.block_tokens)
         self._runner = runner
+        self._clock = StepClock()
+        self._recorder = _open_recorder(config, geometry)
         self._store_bytes_per_s: float | None = None
 
     def tell_events(self) -> HostEvents:
@@ -115,12 +112,12 @@ class SchedulerSide:
 
     def bind_gpu_block_pool(self, pool: BlockPool) -> None:
         """Before this nothing is stored."""
-        self._pool = pool
+        self._gpu.bind(pool)
 
     @property
     def frees_blocks(self) -> bool:
         """Whether a store under way is the last holder of a GPU block."""
-        return any(block.ref_cnt == 1 for held in self._held.values() for block in held)
+        return self._gpu.frees_any
 
     @property
     def gauges(self) -> Gauges:
@@ -149,8 +146,8 @@ class SchedulerSide:
     def arrived(self, request: Request) -> None:
         """vLLM has a new request, which waits for its turn: bring what it needs from disk."""
         if self._prefetcher is not None and not request.skip_reading_prefix_cache:
-            tracked = self._track(request)
-            tracked.first = self._blocks_on_gpu(tracked)
+            tracked = self._tracked.of(request)
+            tracked.first = self._gpu.count_cached(request.block_hashes, len(self._reaches))
             self._loads.look(tracked)
             self._prefetcher.begin(tracked)
 
@@ -164,7 +161,7 @@ class SchedulerSide:
             return None, False
         if request.skip_reading_prefix_cache or num_computed_tokens % self._block_tokens:
             return 0, False
-        tracked = self._track(request)
+        tracked = self._tracked.of(request)
         tracked.first = num_computed_tokens // self._block_tokens
         self._loads.look(tracked)
         if self._prefetcher is not None and self._prefetcher.holds_back(tracked):
@@ -173,7 +170,7 @@ class SchedulerSide:
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM gave the request its blocks, and runs it in this step or once its load is there."""
-        tracked = self._track(request)
+        tracked = self._tracked.of(request)
         tracked.block_ids = [list(ids) for ids in blocks.get_block_ids()]
         tracked.considered = tracked.computed = 0
         if request.num_computed_tokens == tracked.first == num_external_tokens == 0:
@@ -193,18 +190,12 @@ class SchedulerSide:
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """Plan to store every block that this step completes."""
-        rows = list(self._advance(output))
+        rows = self._tracked.advance(output)
         self._tell_runner(output)
-        self._store(
-            [
-                block
-                for tracked, _, before, after in rows
-                for block in self._completed(tracked, before, after)
-            ]
-        )
+        self._stores.store(rows)
         self._drop_preempted(output)
-        num_tokens = output.total_num_scheduled_tokens
         self._turns.ran(output.num_scheduled_tokens.keys())
+        num_tokens = output.total_num_scheduled_tokens
         awaited = self._loads.take_awaited()
         # A step without tokens says nothing, and one that waits for a load nothing of prefill.
         step = self._clock.begin(0 if awaited else num_tokens) if num_tokens else None
@@ -223,7 +214,7 @@ class SchedulerSide:
         self._end_fetch(request.request_id)
         if tracked is not None and request.status.name != FAILED_STATUS:
             computed = min(request.num_computed_tokens, tracked.computed)
-            self._store(list(self._completed(tracked, computed, computed)))
+            self._stores.store([(tracked, tracked.block_ids, computed, computed)])
         return tracked.explanation if tracked is not None and tracked.params.explain else None
 
     def settle(self, output: KVConnectorOutput) -> None:
@@ -236,23 +227,12 @@ class SchedulerSide:
             self._spoil(output.invalid_block_ids)
         if report.step is not None:
             self._steps.drop_before(report.step + 1)
-            self.costs.observe_step(*self._clock.end(report.step))
-        if report.load_bytes_per_s is not None:
-            self.costs.load_bytes_per_s = report.load_bytes_per_s
-        if report.store_bytes_per_s is not None:
-            self._store_bytes_per_s = report.store_bytes_per_s
+        self._learn(report)
         for flight in self.offload.settle(report):
             if flight.direction is Direction.STORE:
-                self._release(flight.job.id)
-                continue
-            self._loads.ended(flight.job)
-            waited = flight.job.request_id
-            if waited is not None and waited in self._tracked:
-                self._turns.loaded(waited)
-            if flight.failed:
-                lost = round(self._loads.tokens(len(flight.blocks) - min(flight.bad)))
-                self.offload.counters.miss(MissReason.FAILED, lost)
-                self._store_again()
+                self._stores.ended(flight.job)
+            else:
+                self._end_load(flight)
 
     def reset(self) -> None:
         """Forget everything, and store nothing more of what was computed before."""
@@ -264,6 +244,25 @@ class SchedulerSide:
         """End the trace, if one is recorded."""
         if self._recorder is not None:
             self._recorder.close()
+
+    def _learn(self, report: StepReport) -> None:
+        """How fast this machine computes, loads and stores."""
+        if report.step is not None:
+            self.costs.observe_step(*self._clock.end(report.step))
+        if report.load_bytes_per_s is not None:
+            self.costs.load_bytes_per_s = report.load_bytes_per_s
+        if report.store_bytes_per_s is not None:
+            self._store_bytes_per_s = report.store_bytes_per_s
+
+    def _end_load(self, flight: Flight) -> None:
+        self._loads.ended(flight.job)
+        waited = flight.job.request_id
+        if waited is not None and waited in self._tracked:
+            self._turns.loaded(waited)
+        if flight.failed:
+            lost = round(self._loads.tokens(len(flight.blocks) - min(flight.bad)))
+            self.offload.counters.miss(MissReason.FAILED, lost)
+            self._stores.rewind(self._tracked.values())
 
     def _explain(self, tracked: TrackedRequest, num_loaded: int) -> None:
         """Count why tokens of a request are computed; log it where somebody wants to know."""
@@ -299,13 +298,12 @@ class SchedulerSide:
         """
         self.offload.discard_stores()
         spoilt = self._steps.spoilt_by(bad)
-        if self._pool is not None:
-            self._pool.evict_blocks(spoilt)
+        self._gpu.evict(spoilt)
         for tracked in self._tracked.values():
             wrong = [n for ids in tracked.block_ids for n, i in enumerate(ids) if i in spoilt]
             if wrong:
                 tracked.compute_again(min(wrong) * self._block_tokens)
-        self._store_again()
+        self._stores.rewind(self._tracked.values())
 
     def _tell_runner(self, output: SchedulerOutput) -> None:
         """Of requests that went back; one that waits for each step sees for itself."""
@@ -322,19 +320,6 @@ class SchedulerSide:
             for request_id in output.preempted_req_ids & self._tracked.keys():
                 self._tracked[request_id].drop_output()
 
-    def _store_again(self) -> None:
-        """A load failed: what vLLM computes once more is to be stored like new, and only that."""
-        for tracked in self._tracked.values():
-            computed = tracked.request.num_computed_tokens // self._block_tokens
-            tracked.considered = min(tracked.considered, computed)
-
-    def _track(self, request: Request) -> TrackedRequest:
-        tracked = self._tracked.get(request.request_id)
-        if tracked is None:
-            mark = self._adapters.mark(request.lora_request) if self._adapters is not None else b""
-            tracked = self._tracked[request.request_id] = TrackedRequest.of(request, mark)
-        return tracked
-
     def _touch(self, tracked: TrackedRequest) -> None:
         last = tracked.request.num_tokens // self._block_tokens
         for group in range(len(self._reaches)):
@@ -345,85 +330,6 @@ class SchedulerSide:
         if self._prefetcher is not None:
             fetched = self._prefetcher.end(request_id) * self._block_tokens // len(self._reaches)
             self.offload.counters.disk_hit_tokens += min(fetched, num_loaded)
-
-    def _blocks_on_gpu(self, tracked: TrackedRequest) -> int:
-        """Leading blocks that vLLM will find in its own prefix cache, as things stand."""
-        groups = list(range(len(self._reaches)))
-        for number, block_hash in enumerate(tracked.request.block_hashes):
-            if self._pool is None or self._pool.get_cached_block(block_hash, groups) is None:
-                return number
-        return len(tracked.request.block_hashes)
-
-    def _advance(self, output: SchedulerOutput) -> Iterator[Row]:
-        """Each scheduled request, with how many tokens are computed before this step and after."""
-        scheduled = output.num_scheduled_tokens
-        for new in output.scheduled_new_reqs:
-            tracked = self._tracked.get(new.req_id)
-            if tracked is not None:
-                tracked.block_ids = [list(ids) for ids in new.block_ids]
-                before = new.num_computed_tokens
-                tracked.computed = before + scheduled[new.req_id]
-                yield tracked, tracked.block_ids, before, tracked.computed
-        cached = output.scheduled_cached_reqs
-        rows = zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
-        for request_id, block_ids, before in rows:
-            tracked = self._tracked.get(request_id)
-            if tracked is None:
-                continue
-            if request_id in cached.resumed_req_ids:
-                tracked.block_ids = [[] for _ in self._reaches]
-            for group, new_ids in enumerate(block_ids or ()):
-                tracked.block_ids[group] += new_ids
-            tracked.computed = before + scheduled[request_id]
-            yield tracked, tracked.block_ids, before, tracked.computed
-
-    def _completed(
-        self, tracked: TrackedRequest, before: int, after: int
-    ) -> Iterator[tuple[BlockKey, int, BlockKey | None]]:
-        """Blocks full of computed tokens that were not considered yet and are worth storing.
-
-        With each the key of the block before it, without which it is of no use; of a window, the
-        blocks before it may be gone.
-
-        A block has a hash only if all of its tokens are known, so drafts never complete one. What
-        lies behind the window of the tokens computed `before` belongs to others by now.
-        """
-        size, length = self._block_tokens, len(tracked.request.block_hashes)
-        first, last = tracked.considered, min(tracked.most_stored(after) // size, length)
-        if last <= first:
-            return
-        tracked.considered = last
-        if tracked.stale or self._pool is None:
-            return
-        for group, (reach, block_ids) in enumerate(
-            zip(self._reaches, tracked.block_ids, strict=True)
-        ):
-            start = max(first, reach.first_token(before) // size)
-            keys = tracked.keys(group, start, last)
-            parents = tracked.parents(group, start, last) if reach.whole else [None] * len(keys)
-            places = range(start, last)
-            rows = zip(places, keys, parents, block_ids[start:last], strict=False)
-            for position, key, parent, block_id in rows:
-                if self._pool.blocks[block_id].is_null or not self.offload.wants(key):
-                    continue
-                if self.offload.admits(key, Place(position, length)):
-                    yield key, block_id, parent
-
-    def _store(self, rows: list[tuple[BlockKey, int, BlockKey | None]]) -> None:
-        unique = {row[0]: row for row in rows}  # two requests may have computed the same block
-        if not unique or self._pool is None:
-            return
-        keys, block_ids, parents = zip(*unique.values(), strict=True)
-        job = self.offload.store(keys, block_ids, parents)
-        if job is not None:
-            held = [self._pool.blocks[block_id] for block_id in job.block_ids.tolist()]
-            self._pool.touch(held)
-            self._held[job.id] = held
-
-    def _release(self, job_id: int) -> None:
-        held = self._held.pop(job_id, None)
-        if held is not None and self._pool is not None:
-            self._pool.free_blocks(reversed(held))
 
 
 def _tier(config: KVortexConfig, num_slots: int) -> HostTier:
