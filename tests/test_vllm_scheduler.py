@@ -801,7 +801,7 @@ def test_nothing_is_computed_from_what_a_failed_load_had_sampled(
     """vLLM's first model runner would, as it was in the step before; `begun` is to have outputs,
     `new` to be handed over as new."""
     failing.open(20, 40, 0, 64, "lru", "always", apart=False)
-    failing.connector._scheduler._runner._in_pipeline = new
+    failing.connector._scheduler._setbacks._runner._in_pipeline = new
     prompt = continued([1], 17)
     failing.add(prompt, 8 if begun else 1)
     failing.go_on(4, end=True)

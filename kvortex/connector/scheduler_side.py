@@ -16,7 +16,7 @@ from kvortex.connector.host_events import HostEvents
 from kvortex.connector.load_planner import LoadPlanner
 from kvortex.connector.messages import ReportMessage
 from kvortex.connector.prefetcher import Prefetcher
-from kvortex.connector.steps_under_way import StepsUnderWay
+from kvortex.connector.setbacks import Setbacks
 from kvortex.connector.store_planner import StorePlanner
 from kvortex.connector.tracked_requests import TrackedRequests
 from kvortex.connector.turns import Turns
@@ -98,8 +98,7 @@ class SchedulerSide:
         self._tracked = TrackedRequests(len(geometry.reaches), adapters)
         self._gpu = GpuBlocks()
         self._stores = StorePlanner(self.offload, self._gpu, geometry)
-        self._steps = StepsUnderWay(geometry.block_tokens)
-        self._runner = runner
+        self._setbacks = Setbacks(self._tracked, self._gpu, geometry.block_tokens, runner)
         self._clock = StepClock()
         self._recorder = _open_recorder(config, geometry)
         self._store_bytes_per_s: float | None = None
@@ -191,16 +190,15 @@ class SchedulerSide:
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """Plan to store every block that this step completes."""
         rows = self._tracked.advance(output)
-        self._tell_runner(output)
+        self._setbacks.mend(output)
         self._stores.store(rows)
-        self._drop_preempted(output)
         self._turns.ran(output.num_scheduled_tokens.keys())
         num_tokens = output.total_num_scheduled_tokens
         awaited = self._loads.take_awaited()
         # A step without tokens says nothing, and one that waits for a load nothing of prefill.
         step = self._clock.begin(0 if awaited else num_tokens) if num_tokens else None
         if step is not None:
-            self._steps.begin(step, rows, waits=awaited > 0)
+            self._setbacks.begin(step, rows, waits=awaited > 0)
         by_layer = awaited > 0 and self.costs.hides(awaited, num_tokens)
         return self.offload.take_plan(num_tokens > 0, by_layer, step)
 
@@ -221,12 +219,10 @@ class SchedulerSide:
         """Take in the workers' report of a step."""
         message = output.kv_connector_worker_meta
         report = message.report if isinstance(message, ReportMessage) else StepReport()
-        if report.step is not None:
-            self._steps.drop_before(report.step)
+        self._setbacks.settle(report.step, output.invalid_block_ids)
         if output.invalid_block_ids:  # maybe of another connector's load, beside this one
-            self._spoil(output.invalid_block_ids)
-        if report.step is not None:
-            self._steps.drop_before(report.step + 1)
+            self.offload.discard_stores()
+            self._stores.rewind(self._tracked.values())
         self._learn(report)
         for flight in self.offload.settle(report):
             if flight.direction is Direction.STORE:
@@ -290,35 +286,6 @@ class SchedulerSide:
         job = self.offload.load(keys, block_ids, request_id)
         if job is not None:
             self._loads.began(job)
-
-    def _spoil(self, bad: set[int]) -> None:
-        """Loads failed: nobody is to find or store, and all compute again, what comes of them.
-
-        vLLM leaves all of it under its hashes, also what requests computed that are gone since.
-        """
-        self.offload.discard_stores()
-        spoilt = self._steps.spoilt_by(bad)
-        self._gpu.evict(spoilt)
-        for tracked in self._tracked.values():
-            wrong = [n for ids in tracked.block_ids for n, i in enumerate(ids) if i in spoilt]
-            if wrong:
-                tracked.compute_again(min(wrong) * self._block_tokens)
-        self._stores.rewind(self._tracked.values())
-
-    def _tell_runner(self, output: SchedulerOutput) -> None:
-        """Of requests that went back; one that waits for each step sees for itself."""
-        again = [tracked for tracked in self._tracked.values() if tracked.went_back]
-        if again and self._runner is not None:
-            self._runner.hand_over(output, again)
-        for tracked in again:
-            tracked.went_back = tracked.request.request_id not in output.num_scheduled_tokens
-
-    def _drop_preempted(self, output: SchedulerOutput) -> None:
-        """vLLM keeps a token that it has not seen yet of a request that it preempts, even if it
-        turns out to come from a failed load."""
-        if self._steps.wait_for_loads and output.preempted_req_ids:
-            for request_id in output.preempted_req_ids & self._tracked.keys():
-                self._tracked[request_id].drop_output()
 
     def _touch(self, tracked: TrackedRequest) -> None:
         last = tracked.request.num_tokens // self._block_tokens
