@@ -69,7 +69,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports pyproject.toml imports_at_run_time.toml
 
 .venv/ready: pyproject.toml Makefile
 	@echo "Setting up .venv with $(VLLM); this takes a few minutes the first time."

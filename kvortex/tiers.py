@@ -93,7 +93,7 @@ class HostTier:
             if block is None:
                 continue
             self._admission.hit(key)
-            if self._path and block is self._path[0]:
+            if self._is_leaving(block):
                 self._path.clear()
                 self._policy.insert(key)
             else:
@@ -120,7 +120,9 @@ class HostTier:
             self._arriving.setdefault(key, _Arrivals()).count += 1
         blocks: list[Block] = []
         for key, parent in zip(keys, parents or [None] * len(keys), strict=True):
-            self._policy.expect(key)
+            older = self.index.get(key)
+            if older is None or self._is_leaving(older):
+                self._policy.expect(key)
             if not self.index.free and not self._evict_one():
                 break
             blocks.append(self.index.reserve(key, parent))
@@ -210,7 +212,7 @@ class HostTier:
 
     def _replace(self, older: Block, block: Block) -> None:
         """New bytes for a key that is readable."""
-        leaving = self._path and older is self._path[0]
+        leaving = self._is_leaving(older)
         self.index.forget(older)
         self.index.publish(block)
         if leaving:
@@ -263,12 +265,16 @@ class HostTier:
         return block is not None
 
     def _drop(self, block: Block) -> None:
-        """A readable block is no more; the policy does not know the one that began the path."""
-        if self._path and block is self._path[0]:
+        """A readable block is no more."""
+        if self._is_leaving(block):
             self._path.clear()
         else:
             self._policy.remove(block.key)
         self.index.forget(block)
+
+    def _is_leaving(self, block: Block) -> bool:
+        """Whether the policy named it already: all other readable blocks it knows."""
+        return bool(self._path) and block is self._path[0]
 
     def _without_prefix(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """Those whose prefix is neither readable nor arriving."""

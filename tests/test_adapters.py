@@ -55,7 +55,7 @@ def keys(keeper: SchedulerSide, lora: Any = None) -> list[bytes]:
     asked: Any = SimpleNamespace(
         request_id="r", block_hashes=HASHES, kv_transfer_params=None, lora_request=lora
     )
-    return keeper._track(asked).keys(1, 0, 4)
+    return keeper._tracked.of(asked).keys(1, 0, 4)
 
 
 def with_disk() -> SchedulerSide:

@@ -82,7 +82,7 @@ def test_flipped_bits_cost_time_only(
         monkeypatch.setattr(type(side.costs), "hides", lambda *_: waiting == "layers")
         if waiting == "apart":
             monkeypatch.setattr(type(side.costs), "pauses", lambda *_: True)
-            side._loads.running = 1
+            side._turns.running = 1
         index, pool = side.offload.tier.index, worker_of_this_process()._copy_engine.pool
         load, loaded = side.offload.load, set[bytes]()
 

@@ -122,7 +122,7 @@ def wait_apart(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every load be waited for beside the requests that run."""
     side = connector(llm)._scheduler
     monkeypatch.setattr(type(side.costs), "pauses", lambda *_: True)
-    side._loads.running = 1
+    side._turns.running = 1
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["awaited", "apart"])

@@ -240,7 +240,7 @@ def test_a_request_that_may_read_no_cache_has_a_limit() -> None:
 def test_a_window_names_the_block_that_it_lacks() -> None:
     """All of group 0 is there; of the window's blocks the last is evicted."""
     keeper, asked = side(Reach(), Reach(window=2 * BLOCK)), request("first", tokens=4 * BLOCK + 1)
-    tracked = keeper._track(asked)
+    tracked = keeper._tracked.of(asked)
     keys = [*tracked.keys(0, 0, 4), *tracked.keys(1, 0, 4)]
     job = keeper.offload.store(keys, list(range(8)))
     assert job is not None
@@ -265,7 +265,7 @@ def with_disk(folder: Path, **settings: Any) -> SchedulerSide:
     """What lies there from a former life are the blocks of prompt 0."""
     keeper = side(disk_path=str(folder), disk_pool_gb=2, **settings)
     assert keeper.offload.overflow is not None
-    keys = keeper._track(request("former")).keys(0, 0, 8)
+    keys = keeper._tracked.of(request("former")).keys(0, 0, 8)
     survivors = {key: slot for slot, key in enumerate(keys)}
     keeper.offload.settle(StepReport({}, disk=DiskReport({}, survivors=survivors)))
     keeper._tracked.clear()

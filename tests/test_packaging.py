@@ -113,3 +113,13 @@ def test_built_in_policies_are_registered_like_any_other() -> None:
 def test_public_import_needs_neither_torch_nor_vllm(tmp_path: Path) -> None:
     look = "import sys, kvortex; print({'torch', 'triton', 'vllm'} & set(sys.modules))"
     assert python("-c", look, cwd=tmp_path) == "set()"
+
+
+def test_neither_commands_nor_the_scheduler_side_import_torch(tmp_path: Path) -> None:
+    """The import contracts do not tell what a function imports from what its module does."""
+    modules = "commands.command_line", "planning.plan", "scheduler", "disk.tool"
+    look = (
+        f"import sys, {', '.join(f'kvortex.{name}' for name in modules)}; "
+        "print({'torch', 'triton', 'vllm'} & set(sys.modules))"
+    )
+    assert python("-c", look, cwd=tmp_path) == "set()"

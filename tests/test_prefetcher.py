@@ -72,7 +72,7 @@ def on_disk(keeper: SchedulerSide, *asked: Any) -> list[BlockKey]:
         key
         for one in asked
         for group in range(len(keeper._reaches))
-        for key in keeper._track(one).keys(group, 0, len(one.block_hashes))
+        for key in keeper._tracked.of(one).keys(group, 0, len(one.block_hashes))
     ]
     for one in asked:
         del keeper._tracked[one.request_id]

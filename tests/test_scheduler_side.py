@@ -55,7 +55,9 @@ def request(tokens: int, params: dict[str, object] | None = None, number: int = 
 def filled(keeper: SchedulerSide, asked: Any) -> SchedulerSide:
     """All of a prompt's blocks are readable."""
     groups = range(len(keeper._reaches))
-    keys = [key for g in groups for key in keeper._track(asked).keys(g, 0, len(asked.block_hashes))]
+    keys = [
+        key for g in groups for key in keeper._tracked.of(asked).keys(g, 0, len(asked.block_hashes))
+    ]
     job = keeper.offload.store(keys, list(range(len(keys))))
     assert job is not None
     keeper.offload.settle(StepReport({job.id: 1}))
@@ -144,7 +146,7 @@ def test_a_long_load_waits_apart_only_beside_others() -> None:
     keeper = filled(side(), asked)
     keeper.costs.load_bytes_per_s = 50e9  # 1 GB: 20 ms
     assert keeper.match(asked, 0) == (15_984, False)
-    keeper._loads.running = 1
+    keeper._turns.running = 1
     assert keeper.match(asked, 0) == (15_984, True)
     assert keeper.match(asked, 15_200) == (784, False)  # 1 ms
 
@@ -185,7 +187,7 @@ def test_keys_are_vllms_own() -> None:
 
     asked = request(48)
     own = [make_block_hash_with_group_id(BlockHash(h), 1) for h in asked.block_hashes]
-    assert side(Reach(), Reach())._track(asked).keys(1, 0, 3) == own
+    assert side(Reach(), Reach())._tracked.of(asked).keys(1, 0, 3) == own
 
 
 class Pool:
@@ -233,17 +235,17 @@ def test_where_nothing_runs_who_is_loaded_goes_first() -> None:
     keeper = filled(side(), loaded)
     keeper.costs.load_bytes_per_s = 1e6
     keeper.costs.prefill_tokens_per_s = 1e-3
-    keeper._loads.running = 1
+    keeper._turns.running = 1
     assert keeper.match(loaded, 0) == (144, True)
     allocated(keeper, loaded, list(range(10)), 144)
     (job,) = keeper.offload._flights.values()
-    keeper._loads.running = 0
+    keeper._turns.running = 0
     assert keeper.match(other, 0) == (0, False)  # while the load is under way it may run
     keeper.settle(told(StepReport({job.job.id: 1})))
     assert keeper.match(other, 0) == (None, False)
-    keeper._loads.running = 1
+    keeper._turns.running = 1
     assert keeper.match(other, 0) == (0, False)
-    keeper._loads.running = 0
+    keeper._turns.running = 0
     assert keeper.match(loaded, 0)[0] is not None  # to be asked again is its turn
     assert keeper.match(other, 0) == (0, False)
 
@@ -252,12 +254,12 @@ def test_where_nothing_runs_who_is_loaded_goes_first() -> None:
 def test_nobody_gives_way_to_who_runs_or_is_gone(ends: str) -> None:
     loaded, other = request(160), request(320, number=1)
     keeper = filled(side(), loaded)
-    keeper._track(loaded)
-    keeper._loaded = {loaded.request_id}
+    keeper._tracked.of(loaded).block_ids = [list(range(10))]
+    keeper._turns.loaded(loaded.request_id)
     assert keeper.match(other, 0) == (None, False)
     if ends == "runs":
         planned(keeper, loaded, 144, 16)
-        keeper._loads.running = 0
+        keeper._turns.running = 0
     else:
         keeper.finished(loaded)
     assert keeper.match(other, 0) == (0, False)
@@ -271,7 +273,7 @@ def test_blocks_behind_a_window_belong_to_others() -> None:
     allocated(keeper, asked, [1, 2, 3, 4, 5, 6], 0)
     assert planned(keeper, asked, 0, 64) == [1, 2, 3, 4]
     keeper.offload.settle(StepReport({0: 1}, failed=frozenset({0})))
-    keeper._store_again()
+    keeper._stores.rewind(keeper._tracked.values())
     assert planned(keeper, asked, 64, 32) == [3, 4, 5, 6]
 
 
@@ -492,7 +494,7 @@ def test_events_tell_what_came_and_what_left() -> None:
 
 
 def test_each_block_follows_the_one_before() -> None:
-    tracked = side()._track(request(64))
+    tracked = side()._tracked.of(request(64))
     keys = tracked.keys(0, 0, 4)
     assert tracked.parents(0, 0, 4) == [None, *keys[:3]]
     assert tracked.parents(0, 2, 4) == keys[1:3]

@@ -193,7 +193,7 @@ def test_soak(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert held() == held_before
         side, counted = connector(llm)._scheduler, counters(llm)
         assert not side._tracked
-        assert not side._held
+        assert not side._gpu._held
         assert side.offload.tier.index.reserved == side.offload.overflow.disk.index.reserved == 0
         side.offload.tier.index.check()
         side.offload.overflow.disk.index.check()

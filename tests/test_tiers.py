@@ -295,6 +295,25 @@ def test_the_policy_hears_what_comes_before_it_makes_room() -> None:
     assert told == [("expect", A), ("expect", B), ("evict", A)]
 
 
+def test_the_policy_is_to_expect_only_what_it_does_not_know() -> None:
+    """Which may be readable: what the policy named leaves behind its tail."""
+    told = list[bytes]()
+
+    class Listener(LRU):
+        def expect(self, key: bytes) -> None:
+            told.append(key)
+
+    host = HostTier(3, Listener(3))
+    host.commit(host.reserve([A, B, C], [None, A, None]))
+    told.clear()
+    host.touch([B])
+    host.touch([C])
+    host.reserve([C])
+    assert (readable(host), told) == ([A, C], [])
+    host.reserve([A])
+    assert (readable(host), told) == ([C], [A])
+
+
 def test_nobody_gets_a_slot_whose_bytes_changed() -> None:
     host = tier(2)
     changed = stored(host, A)

@@ -216,7 +216,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(running=rarely, connector=rarely)
     def reset(self, running: bool, connector: bool) -> None:
         """A successful one of both caches, as after which the weights may be others."""
-        busy = bool(self.connector._scheduler._held) or self.loads_apart()
+        busy = bool(self.connector._scheduler._gpu._held) or self.loads_apart()
         busy = busy or bool(self.flying)  # a step under way may still write to what is given up
         if self.forgets_resets:
             running = running and not self.flying
@@ -481,7 +481,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(request.is_finished() for request in self.requests)
         assert self.connector.has_pending_push_work() is self.offload.pending is False
         side = self.connector._scheduler
-        assert not any([side._tracked, side._held, side._loads._under_way, self.arrivals])
+        assert not any([side._tracked, side._gpu._held, side._loads._under_way, self.arrivals])
         assert self.index.reserved == 0
         assert self.index.quarantined == len(self.given_up())
         if all(rank.has_told_its_size for rank in self.ranks):
@@ -801,7 +801,7 @@ def test_nothing_is_computed_from_what_a_failed_load_had_sampled(
     """vLLM's first model runner would, as it was in the step before; `begun` is to have outputs,
     `new` to be handed over as new."""
     failing.open(20, 40, 0, 64, "lru", "always", apart=False)
-    failing.connector._scheduler._runner._in_pipeline = new
+    failing.connector._scheduler._setbacks._runner._in_pipeline = new
     prompt = continued([1], 17)
     failing.add(prompt, 8 if begun else 1)
     failing.go_on(4, end=True)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvortex.config import KVortexConfig
     from kvortex.connector.geometry import Geometry
     from kvortex.connector.tracked_request import TrackedRequest
+    from kvortex.connector.turns import Turns
     from kvortex.core import BlockKey, Job
     from kvortex.cost_model import CostModel
     from kvortex.overflow import Overflow
@@ -28,6 +29,7 @@ class LoadPlanner:
         geometry: of the KV cache.
         readable: keys of the blocks that can be loaded.
         costs: of loading and of computing.
+        turns: which knows whether others run.
     """
 
     def __init__(
@@ -36,15 +38,15 @@ class LoadPlanner:
         geometry: Geometry,
         readable: Container[BlockKey],
         costs: CostModel,
+        turns: Turns,
     ) -> None:
-        self.running = 0
-        """Requests of the last step and those that came since."""
         self._config = config
         self._reaches = geometry.reaches
         self._always_apart = not geometry.names_failed_blocks
         self._block_tokens = geometry.block_tokens
         self._readable = readable
         self._costs = costs
+        self._turns = turns
         self._under_way = 0.0
         self._awaited = 0.0
 
@@ -143,7 +145,7 @@ class LoadPlanner:
 
     def _waits_apart(self, loaded: float) -> bool:
         """Whether others would be held up by a step that waits for this load."""
-        return self._always_apart or (self.running > 0 and self._costs.pauses(loaded))
+        return self._always_apart or (self._turns.running > 0 and self._costs.pauses(loaded))
 
     def _start(self, reach: Reach, first: int, end: int) -> int:
         """The first block, from `first` on, that a group looks at behind block `end`."""

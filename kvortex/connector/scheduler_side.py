@@ -11,30 +11,29 @@ from typing import TYPE_CHECKING
 from kvortex.config import slots_in_pool
 from kvortex.connector.adapters import Adapters
 from kvortex.connector.explanation import explain
+from kvortex.connector.gpu_blocks import GpuBlocks
 from kvortex.connector.host_events import HostEvents
 from kvortex.connector.load_planner import LoadPlanner
 from kvortex.connector.messages import ReportMessage
 from kvortex.connector.prefetcher import Prefetcher
-from kvortex.connector.steps_under_way import StepsUnderWay
-from kvortex.connector.tracked_request import TrackedRequest
+from kvortex.connector.setbacks import Setbacks
+from kvortex.connector.store_planner import StorePlanner
+from kvortex.connector.tracked_requests import TrackedRequests
+from kvortex.connector.turns import Turns
 from kvortex.core import Direction, StepPlan, StepReport
 from kvortex.cost_model import CostModel
 from kvortex.disk import disk_slots_in_pool
 from kvortex.disk.pace import require_pace
 from kvortex.metrics import Gauges, MissReason
 from kvortex.plugins import load_admission, load_policy
-from kvortex.policies import Place
 from kvortex.recorder import Recorder
 from kvortex.scheduler import OffloadScheduler
 from kvortex.step_clock import StepClock
 from kvortex.tiers import HostTier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
@@ -43,8 +42,8 @@ if TYPE_CHECKING:
     from kvortex.connector.explanation import Explanation
     from kvortex.connector.geometry import Geometry
     from kvortex.connector.model_runner import ModelRunner
-    from kvortex.connector.steps_under_way import Row
-    from kvortex.core import BlockKey
+    from kvortex.connector.tracked_request import TrackedRequest
+    from kvortex.scheduler import Flight
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +53,8 @@ FAILED_STATUS = "FINISHED_ERROR"
 class SchedulerSide:
     """One per vLLM scheduler; called on its thread only.
 
-    Source blocks of a store get a reference in vLLM's block pool, so that they are not given to
-    another request before every rank reported the store.
+    It tells those that it holds what happens, and asks them what to load, what to store and who
+    waits. None of them knows of it.
 
     Args:
         config: of the connector.
@@ -88,25 +87,22 @@ class SchedulerSide:
         )
         self.costs = CostModel(geometry.slot_bytes * len(geometry.reaches) / geometry.block_tokens)
         self._reaches = geometry.reaches
-        self._loads = LoadPlanner(config, geometry, host.readable, self.costs)
+        self._block_tokens = geometry.block_tokens
+        self._turns = Turns()
+        self._loads = LoadPlanner(config, geometry, host.readable, self.costs, self._turns)
         self._prefetcher: Prefetcher | None = None
-        self._adapters: Adapters | None = None
         overflow = self.offload.overflow
         if overflow is not None:
             self._prefetcher = Prefetcher(config, overflow, self._loads, self.offload.counters)
-            self._adapters = Adapters()
             if not outlives:
                 overflow.disown()
-        self._block_tokens = geometry.block_tokens
-        self._pool: BlockPool | None = None
-        self._tracked: dict[str, TrackedRequest] = {}
-        self._held: dict[int, list[KVCacheBlock]] = {}
+        adapters = Adapters() if overflow is not None else None
+        self._tracked = TrackedRequests(len(geometry.reaches), adapters)
+        self._gpu = GpuBlocks()
+        self._stores = StorePlanner(self.offload, self._gpu, geometry)
+        self._setbacks = Setbacks(self._tracked, self._gpu, geometry.block_tokens, runner)
         self._clock = StepClock()
         self._recorder = _open_recorder(config, geometry)
-        self._steps = StepsUnderWay(geometry.block_tokens)
-        self._runner = runner
-        self._loaded: set[str] = set()
-        """Requests that waited apart for their load, which has ended, and did not run since."""
         self._store_bytes_per_s: float | None = None
 
     def tell_events(self) -> HostEvents:
@@ -117,12 +113,12 @@ class SchedulerSide:
 
     def bind_gpu_block_pool(self, pool: BlockPool) -> None:
         """Before this nothing is stored."""
-        self._pool = pool
+        self._gpu.bind(pool)
 
     @property
     def frees_blocks(self) -> bool:
         """Whether a store under way is the last holder of a GPU block."""
-        return any(block.ref_cnt == 1 for held in self._held.values() for block in held)
+        return self._gpu.frees_any
 
     @property
     def gauges(self) -> Gauges:
@@ -151,8 +147,8 @@ class SchedulerSide:
     def arrived(self, request: Request) -> None:
         """vLLM has a new request, which waits for its turn: bring what it needs from disk."""
         if self._prefetcher is not None and not request.skip_reading_prefix_cache:
-            tracked = self._track(request)
-            tracked.first = self._blocks_on_gpu(tracked)
+            tracked = self._tracked.of(request)
+            tracked.first = self._gpu.count_cached(request.block_hashes, len(self._reaches))
             self._loads.look(tracked)
             self._prefetcher.begin(tracked)
 
@@ -162,11 +158,11 @@ class SchedulerSide:
         Whole blocks, and one token is left to compute. None: to be asked again in a later step,
         while blocks come from disk. vLLM may ask more than once anyway.
         """
-        if self._gives_way(request):
+        if self._turns.gives_way(request.request_id):
             return None, False
         if request.skip_reading_prefix_cache or num_computed_tokens % self._block_tokens:
             return 0, False
-        tracked = self._track(request)
+        tracked = self._tracked.of(request)
         tracked.first = num_computed_tokens // self._block_tokens
         self._loads.look(tracked)
         if self._prefetcher is not None and self._prefetcher.holds_back(tracked):
@@ -175,7 +171,7 @@ class SchedulerSide:
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM gave the request its blocks, and runs it in this step or once its load is there."""
-        tracked = self._track(request)
+        tracked = self._tracked.of(request)
         tracked.block_ids = [list(ids) for ids in blocks.get_block_ids()]
         tracked.considered = tracked.computed = 0
         if request.num_computed_tokens == tracked.first == num_external_tokens == 0:
@@ -185,7 +181,7 @@ class SchedulerSide:
             self._explain(tracked, num_external_tokens)
             self._touch(tracked)
             self._record(tracked, num_external_tokens)
-        self._loads.running += 1
+        self._turns.comes()
         self.offload.counters.unpaid_tokens += tracked.unpaid
         self.offload.counters.hit_tokens += num_external_tokens
         tracked.unpaid = 0
@@ -195,24 +191,16 @@ class SchedulerSide:
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """Plan to store every block that this step completes."""
-        rows = list(self._advance(output))
-        self._tell_runner(output)
-        self._store(
-            [
-                block
-                for tracked, _, before, after in rows
-                for block in self._completed(tracked, before, after)
-            ]
-        )
-        self._drop_preempted(output)
-        self._loaded -= output.num_scheduled_tokens.keys()
+        rows = self._tracked.advance(output)
+        self._setbacks.mend(output)
+        self._stores.store(rows)
+        self._turns.ran(output.num_scheduled_tokens.keys())
         num_tokens = output.total_num_scheduled_tokens
-        self._loads.running = len(output.num_scheduled_tokens)
         awaited = self._loads.take_awaited()
         # A step without tokens says nothing, and one that waits for a load nothing of prefill.
         step = self._clock.begin(0 if awaited else num_tokens) if num_tokens else None
         if step is not None:
-            self._steps.begin(step, rows, waits=awaited > 0)
+            self._setbacks.begin(step, rows, waits=awaited > 0)
         by_layer = awaited > 0 and self.costs.hides(awaited, num_tokens)
         return self.offload.take_plan(num_tokens > 0, by_layer, step)
 
@@ -221,40 +209,28 @@ class SchedulerSide:
 
         Returns what became of its prompt, if its client asked for that.
         """
-        self._loaded.discard(request.request_id)
+        self._turns.gone(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         self._end_fetch(request.request_id)
         if tracked is not None and request.status.name != FAILED_STATUS:
             computed = min(request.num_computed_tokens, tracked.computed)
-            self._store(list(self._completed(tracked, computed, computed)))
+            self._stores.store([(tracked, tracked.block_ids, computed, computed)])
         return tracked.explanation if tracked is not None and tracked.params.explain else None
 
     def settle(self, output: KVConnectorOutput) -> None:
         """Take in the workers' report of a step."""
         message = output.kv_connector_worker_meta
         report = message.report if isinstance(message, ReportMessage) else StepReport()
-        if report.step is not None:
-            self._steps.drop_before(report.step)
+        self._setbacks.settle(report.step, output.invalid_block_ids)
         if output.invalid_block_ids:  # maybe of another connector's load, beside this one
-            self._spoil(output.invalid_block_ids)
-        if report.step is not None:
-            self._steps.drop_before(report.step + 1)
-            self.costs.observe_step(*self._clock.end(report.step))
-        if report.load_bytes_per_s is not None:
-            self.costs.load_bytes_per_s = report.load_bytes_per_s
-        if report.store_bytes_per_s is not None:
-            self._store_bytes_per_s = report.store_bytes_per_s
+            self.offload.discard_stores()
+            self._stores.rewind(self._tracked.values())
+        self._learn(report)
         for flight in self.offload.settle(report):
             if flight.direction is Direction.STORE:
-                self._release(flight.job.id)
-                continue
-            self._loads.ended(flight.job)
-            if flight.job.request_id in self._tracked:
-                self._loaded.add(flight.job.request_id)
-            if flight.failed:
-                lost = round(self._loads.tokens(len(flight.blocks) - min(flight.bad)))
-                self.offload.counters.miss(MissReason.FAILED, lost)
-                self._store_again()
+                self._stores.ended(flight.job)
+            else:
+                self._end_load(flight)
 
     def reset(self) -> None:
         """Forget everything, and store nothing more of what was computed before."""
@@ -266,6 +242,25 @@ class SchedulerSide:
         """End the trace, if one is recorded."""
         if self._recorder is not None:
             self._recorder.close()
+
+    def _learn(self, report: StepReport) -> None:
+        """How fast this machine computes, loads and stores."""
+        if report.step is not None:
+            self.costs.observe_step(*self._clock.end(report.step))
+        if report.load_bytes_per_s is not None:
+            self.costs.load_bytes_per_s = report.load_bytes_per_s
+        if report.store_bytes_per_s is not None:
+            self._store_bytes_per_s = report.store_bytes_per_s
+
+    def _end_load(self, flight: Flight) -> None:
+        self._loads.ended(flight.job)
+        waited = flight.job.request_id
+        if waited is not None and waited in self._tracked:
+            self._turns.loaded(waited)
+        if flight.failed:
+            lost = round(self._loads.tokens(len(flight.blocks) - min(flight.bad)))
+            self.offload.counters.miss(MissReason.FAILED, lost)
+            self._stores.rewind(self._tracked.values())
 
     def _explain(self, tracked: TrackedRequest, num_loaded: int) -> None:
         """Count why tokens of a request are computed; log it where somebody wants to know."""
@@ -294,58 +289,6 @@ class SchedulerSide:
         if job is not None:
             self._loads.began(job)
 
-    def _spoil(self, bad: set[int]) -> None:
-        """Loads failed: nobody is to find or store, and all compute again, what comes of them.
-
-        vLLM leaves all of it under its hashes, also what requests computed that are gone since.
-        """
-        self.offload.discard_stores()
-        spoilt = self._steps.spoilt_by(bad)
-        if self._pool is not None:
-            self._pool.evict_blocks(spoilt)
-        for tracked in self._tracked.values():
-            wrong = [n for ids in tracked.block_ids for n, i in enumerate(ids) if i in spoilt]
-            if wrong:
-                tracked.compute_again(min(wrong) * self._block_tokens)
-        self._store_again()
-
-    def _gives_way(self, request: Request) -> bool:
-        """Whether others, which hold their blocks already, are to be looked at first.
-
-        vLLM 0.26 looks no further once a request finds no room. Where nothing runs and those that
-        were loaded stand behind it, no room would ever be made.
-        """
-        self._loaded.discard(request.request_id)
-        return bool(self._loaded) and self._loads.running == 0
-
-    def _tell_runner(self, output: SchedulerOutput) -> None:
-        """Of requests that went back; one that waits for each step sees for itself."""
-        again = [tracked for tracked in self._tracked.values() if tracked.went_back]
-        if again and self._runner is not None:
-            self._runner.hand_over(output, again)
-        for tracked in again:
-            tracked.went_back = tracked.request.request_id not in output.num_scheduled_tokens
-
-    def _drop_preempted(self, output: SchedulerOutput) -> None:
-        """vLLM keeps a token that it has not seen yet of a request that it preempts, even if it
-        turns out to come from a failed load."""
-        if self._steps.wait_for_loads and output.preempted_req_ids:
-            for request_id in output.preempted_req_ids & self._tracked.keys():
-                self._tracked[request_id].drop_output()
-
-    def _store_again(self) -> None:
-        """A load failed: what vLLM computes once more is to be stored like new, and only that."""
-        for tracked in self._tracked.values():
-            computed = tracked.request.num_computed_tokens // self._block_tokens
-            tracked.considered = min(tracked.considered, computed)
-
-    def _track(self, request: Request) -> TrackedRequest:
-        tracked = self._tracked.get(request.request_id)
-        if tracked is None:
-            mark = self._adapters.mark(request.lora_request) if self._adapters is not None else b""
-            tracked = self._tracked[request.request_id] = TrackedRequest.of(request, mark)
-        return tracked
-
     def _touch(self, tracked: TrackedRequest) -> None:
         last = tracked.request.num_tokens // self._block_tokens
         for group in range(len(self._reaches)):
@@ -356,85 +299,6 @@ class SchedulerSide:
         if self._prefetcher is not None:
             fetched = self._prefetcher.end(request_id) * self._block_tokens // len(self._reaches)
             self.offload.counters.disk_hit_tokens += min(fetched, num_loaded)
-
-    def _blocks_on_gpu(self, tracked: TrackedRequest) -> int:
-        """Leading blocks that vLLM will find in its own prefix cache, as things stand."""
-        groups = list(range(len(self._reaches)))
-        for number, block_hash in enumerate(tracked.request.block_hashes):
-            if self._pool is None or self._pool.get_cached_block(block_hash, groups) is None:
-                return number
-        return len(tracked.request.block_hashes)
-
-    def _advance(self, output: SchedulerOutput) -> Iterator[Row]:
-        """Each scheduled request, with how many tokens are computed before this step and after."""
-        scheduled = output.num_scheduled_tokens
-        for new in output.scheduled_new_reqs:
-            tracked = self._tracked.get(new.req_id)
-            if tracked is not None:
-                tracked.block_ids = [list(ids) for ids in new.block_ids]
-                before = new.num_computed_tokens
-                tracked.computed = before + scheduled[new.req_id]
-                yield tracked, tracked.block_ids, before, tracked.computed
-        cached = output.scheduled_cached_reqs
-        rows = zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
-        for request_id, block_ids, before in rows:
-            tracked = self._tracked.get(request_id)
-            if tracked is None:
-                continue
-            if request_id in cached.resumed_req_ids:
-                tracked.block_ids = [[] for _ in self._reaches]
-            for group, new_ids in enumerate(block_ids or ()):
-                tracked.block_ids[group] += new_ids
-            tracked.computed = before + scheduled[request_id]
-            yield tracked, tracked.block_ids, before, tracked.computed
-
-    def _completed(
-        self, tracked: TrackedRequest, before: int, after: int
-    ) -> Iterator[tuple[BlockKey, int, BlockKey | None]]:
-        """Blocks full of computed tokens that were not considered yet and are worth storing.
-
-        With each the key of the block before it, without which it is of no use; of a window, the
-        blocks before it may be gone.
-
-        A block has a hash only if all of its tokens are known, so drafts never complete one. What
-        lies behind the window of the tokens computed `before` belongs to others by now.
-        """
-        size, length = self._block_tokens, len(tracked.request.block_hashes)
-        first, last = tracked.considered, min(tracked.most_stored(after) // size, length)
-        if last <= first:
-            return
-        tracked.considered = last
-        if tracked.stale or self._pool is None:
-            return
-        for group, (reach, block_ids) in enumerate(
-            zip(self._reaches, tracked.block_ids, strict=True)
-        ):
-            start = max(first, reach.first_token(before) // size)
-            keys = tracked.keys(group, start, last)
-            parents = tracked.parents(group, start, last) if reach.whole else [None] * len(keys)
-            places = range(start, last)
-            rows = zip(places, keys, parents, block_ids[start:last], strict=False)
-            for position, key, parent, block_id in rows:
-                if self._pool.blocks[block_id].is_null or not self.offload.wants(key):
-                    continue
-                if self.offload.admits(key, Place(position, length)):
-                    yield key, block_id, parent
-
-    def _store(self, rows: list[tuple[BlockKey, int, BlockKey | None]]) -> None:
-        unique = {row[0]: row for row in rows}  # two requests may have computed the same block
-        if not unique or self._pool is None:
-            return
-        keys, block_ids, parents = zip(*unique.values(), strict=True)
-        job = self.offload.store(keys, block_ids, parents)
-        if job is not None:
-            held = [self._pool.blocks[block_id] for block_id in job.block_ids.tolist()]
-            self._pool.touch(held)
-            self._held[job.id] = held
-
-    def _release(self, job_id: int) -> None:
-        held = self._held.pop(job_id, None)
-        if held is not None and self._pool is not None:
-            self._pool.free_blocks(reversed(held))
 
 
 def _tier(config: KVortexConfig, num_slots: int) -> HostTier:

@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvortex.connector.tracked_request import TrackedRequest
-
-    Row = tuple[TrackedRequest, list[list[int]], int, int]
-    """A request, its GPU blocks by KV cache group then, and its first and last computed token."""
+    from kvortex.connector.tracked_requests import Row
 
 MOST_STEPS = 64
 """Kept at once; more only pile up where nobody tells of their end."""

@@ -42,8 +42,6 @@ class TrackedRequest:
     """Tokens whose KV the steps planned so far compute or were told to be there."""
     touched: bool = False
     """Its use of blocks was counted."""
-    went_back: bool = False
-    """It has to compute tokens again, and the model runner does not know yet."""
     stale: bool = False
     """Its bytes were computed before a reset; nothing of it may be stored."""
     _keys: dict[int, list[BlockKey]] = field(default_factory=dict)
@@ -77,7 +75,6 @@ class TrackedRequest:
         request = self.request
         request.num_computed_tokens = min(request.num_computed_tokens, first)
         request.spec_token_ids = []
-        self.went_back = True
         self.drop_output()
 
     def drop_output(self) -> None:
