@@ -150,8 +150,11 @@ def test_where_nothing_is_set_aside_no_other_model_stays(small: Path) -> None:
         assert store.counters.removed_caches == 1
 
 
-def test_a_disk_that_fills_up_keeps_what_it_has(small: Path) -> None:
+def test_a_disk_that_fills_up_keeps_what_it_has(
+    small: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with opened(small, 8, slot_bytes=MIB, open_file=Sparse) as (store, pool):
+        assert "share of disk_pool_gb is 0.01 GiB; blocks will be refused" in caplog.text
         assert not written(store, pool, BIG)
         (small / "other").write_bytes(bytes(3 * MIB // 2))
         failed = written(store, pool, {b"c": 2, b"d": 3, b"e": 4})

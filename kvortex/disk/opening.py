@@ -69,7 +69,7 @@ class OpenCache:
         except (ConfigError, OSError) as error:
             told = _cannot_use(disk_path, error, num_slots * stride(slot_bytes))
             raise ConfigError(told) from error
-        self._warn(disk_path)
+        self._warn(disk_path, num_slots * stride(slot_bytes))
 
     @property
     def path(self) -> Path:
@@ -133,7 +133,7 @@ class OpenCache:
             self.removed = others.removed
         return files
 
-    def _warn(self, disk_path: Path) -> None:
+    def _warn(self, disk_path: Path, size: int) -> None:
         if self.removed:
             logger.warning(
                 "Disk cache: removed %d that other models, weights or settings left at %s, to make "
@@ -148,6 +148,15 @@ class OpenCache:
                 "certainty that there is room.",
                 disk_path,
                 " and no ".join(lacks),
+            )
+        free = _free_bytes(disk_path)
+        if not self.files.preallocated and 0 < free < size:  # some say 0 and have no limit
+            logger.warning(
+                "Disk cache: %.2f GiB are free at %s, and a rank's share of disk_pool_gb is %.2f "
+                "GiB; blocks will be refused once it is full.",
+                free / GIB,
+                disk_path,
+                size / GIB,
             )
 
 
@@ -171,12 +180,9 @@ def _cannot_use(disk_path: Path, error: Exception, size: int) -> str:
     """What is wrong with the folder, and what to write instead."""
     told = f"disk_path={str(disk_path)!r}: "
     if isinstance(error, OSError) and error.errno in NO_ROOM:
-        there = next(path for path in (disk_path, *disk_path.parents) if path.exists())
-        room = os.statvfs(there)
-        free = room.f_bavail * room.f_frsize / GIB
         return (
-            f"{told}{free:.2f} GiB are free there, and a rank's share of disk_pool_gb is "
-            f"{size / GIB:.2f} GiB; lower disk_pool_gb"
+            f"{told}{_free_bytes(disk_path) / GIB:.2f} GiB are free there, and a rank's share of "
+            f"disk_pool_gb is {size / GIB:.2f} GiB; lower disk_pool_gb"
         )
     if isinstance(error, BlockingIOError):
         return (
@@ -186,3 +192,10 @@ def _cannot_use(disk_path: Path, error: Exception, size: int) -> str:
     if isinstance(error, OSError):
         return f"{told}{error.strerror}; name a folder of a local drive that you may write to"
     return f"{told}{error}"
+
+
+def _free_bytes(disk_path: Path) -> int:
+    """At it, or where it would be made."""
+    there = next(path for path in (disk_path, *disk_path.parents) if path.exists())
+    room = os.statvfs(there)
+    return room.f_bavail * room.f_frsize
