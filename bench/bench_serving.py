@@ -34,8 +34,9 @@ from results import append, machine
 from scenarios import SCENARIOS, ScaledServing, capped_blocks, longest_request, restore
 
 from kvortex import KVortexConfig
-from kvortex.benchmark.ways import WAYS, kv_transfer_config
+from kvortex.benchmark.ways import KVORTEX, WAYS, kv_transfer_config
 
+DEFAULT_POLICY = KVortexConfig().eviction_policy
 SETTINGS = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 SETUP = ("scenario", "way", "host_gib", "graphs", "scale")
 COLUMNS = (*SETUP, "measure", "unit", "value", "p20", "p80", "p99", "error")
@@ -88,7 +89,9 @@ def measure(way: str, names: list[str], host_gib: float, args: argparse.Namespac
         disable_log_stats=True,
         seed=0,
         hf_overrides={"num_key_value_heads": 1} if scenario.one_head else {},
-        kv_transfer_config=kv_transfer_config(way, KVortexConfig(ram_pool_gb=host_gib)),
+        kv_transfer_config=kv_transfer_config(
+            way, KVortexConfig(ram_pool_gb=host_gib, eviction_policy=args.policy)
+        ),
     )
     serving = ScaledServing(llm.llm_engine, args.scale)
     serving.ask(serving.prompt(512 if args.scale >= 1 else 64))
@@ -208,6 +211,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
     parser.add_argument("--host-gib", type=float, default=24, help="host memory of each way")
+    parser.add_argument("--policy", default=DEFAULT_POLICY, help="of eviction, of KVortex")
     parser.add_argument("--graphs", action="store_true", help="with CUDA graphs, not eager")
     parser.add_argument("--scale", type=float, default=1, help="of all lengths")
     parser.add_argument("--block-size", type=int, default=16, help="tokens of a KV block")
@@ -228,13 +232,15 @@ def main() -> None:
     all_rows = []
     for names, host_gib in engines(args.only, args.host_gib, args.scale):
         for way in args.ways:
-            settings = {"way": way, "host_gib": host_gib, "graphs": args.graphs}
+            other = way == KVORTEX and args.policy != DEFAULT_POLICY
+            name = f"{way}, {args.policy}" if other else way
+            settings = {"way": name, "host_gib": host_gib, "graphs": args.graphs}
             for found in in_fresh_process(way, names, host_gib, args.limit):
                 row = settings | {"scale": args.scale} | found
                 all_rows.append(facts | {column: row.get(column, "") for column in COLUMNS})
                 append(args.out, all_rows[-1])
                 print(*(f"{row[c]}" for c in COLUMNS if row.get(c, "") != ""), flush=True)
-    print(table(all_rows, args.ways))
+    print(table(all_rows, list(dict.fromkeys(row["way"] for row in all_rows))))
     picture(latest(args.out), args.out.with_suffix(".png"))
 
 
