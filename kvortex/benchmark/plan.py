@@ -92,7 +92,7 @@ class Plan:
         if way != KVORTEX or config.disk_path is None:
             return [whole]
         return [
-            replace(whole, conversations=None, leave_on_disk=True),
+            replace(whole, leave_on_disk=True),
             replace(whole, disk=True),
         ]
 

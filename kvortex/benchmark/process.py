@@ -47,7 +47,7 @@ def work(task: Task, say: Callable[[str], None]) -> Measured:
     if task.leave_on_disk:
         say("the disk is being written")
         serving.wait_until_on_disk()
-    if task.conversations is not None:
+    elif task.conversations is not None:
         shape = task.conversations
         say(f"{shape.users} users with contexts of {shape.context} tokens return")
         serving.clear()

@@ -51,7 +51,8 @@ class Task:
     repeats: int = 3
     disk: bool = False
     leave_on_disk: bool = False
-    """Whether to wait at the end until the disk has what a later process will ask for."""
+    """Whether to wait at the end until the disk has what a later process will ask for; users are
+    left to that one, which is told the same, so that its vLLM is the same."""
     gpu_tokens: int | None = None
     """What the GPU's KV cache shall hold; None is whatever vLLM finds room for."""
     conversations: Conversations | None = None
