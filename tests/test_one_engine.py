@@ -132,7 +132,7 @@ def test_a_load_apart_that_fails_is_computed_again(
     answers(llm, asked)
     side = connector(llm)._scheduler
     monkeypatch.setattr(type(side.costs), "pauses", lambda *_: True)
-    monkeypatch.setattr(side._loads, "running", 1)
+    monkeypatch.setattr(side._turns, "running", 1)
     fail_copies(monkeypatch, Direction.LOAD, lambda ids, *_: len(ids) % 2 == 1)
     reset_gpu(llm)
     assert answers(llm, asked)[0] == expected
