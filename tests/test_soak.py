@@ -54,8 +54,8 @@ class Soak:
         self.seen = Counter[str]()
         self.copies_fail: set[Direction] = set()
         copy_engine = worker_of_this_process()._copy_engine
-        self.whole_copy = copy_engine.copy
-        copy_engine.copy = self.copy
+        self.whole_copy = copy_engine._copy  # by which it also loads layer by layer
+        copy_engine._copy = self.copy
 
     def copy(self, direction: Direction, *where: Any) -> Any:
         if direction in self.copies_fail and self.draw.random() < 0.3:
