@@ -24,7 +24,8 @@ endif
 # Another vLLM, of which only a CUDA build exists: its schedulers run over the extensions of .venv's.
 OTHER ?= 0.33.0
 SCHEDULER_TESTS := tests/test_vllm_scheduler.py tests/test_scheduler_side.py \
-	tests/test_steps_under_way.py tests/test_prefetcher.py tests/test_explanation.py
+	tests/test_steps_under_way.py tests/test_prefetcher.py tests/test_explanation.py \
+	tests/test_setbacks.py tests/test_turns.py tests/test_store_planner.py tests/test_tracked_requests.py
 
 .PHONY: demo test test-other fuzz soak coverage mutants docs lint clean
 
