@@ -124,8 +124,7 @@ class WriteBehind:
         if in_host:
             self._host.pin(in_host)
             self._writing += len(in_host)
-            for _ in in_host:
-                self._pace.appoint(self._block_bytes, now)
+            self._pace.appoint(len(in_host) * self._block_bytes, now)
             self.under_way.begin(in_host, on_disk)
         return self.under_way.take_new()
 
