@@ -17,7 +17,7 @@ from kvortex.checksum import checksum_of, signed
 from kvortex.core import Direction, TransferError
 from kvortex.speedometer import LEAST_BYTES, Speedometer
 from kvortex.triton_kernels.reference import clear_blocks, paged_copy_reference
-from kvortex.verification import Turns, seeds_from
+from kvortex.verification import Sampling, seeds_from
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -159,7 +159,7 @@ class CpuCopyEngine(CopyEngine):
         self, layout: Layout, pool: HostPool, verification: Verification | None = None
     ) -> None:
         super().__init__(layout, pool, verification)
-        self._turns = Turns(verification)
+        self._sampling = Sampling(verification)
 
     def _copy(self, direction: Direction, cargo: Cargo) -> Ticket:
         pages = [(page.view, page.slot_offset) for page in self.layout.pages]
@@ -175,14 +175,14 @@ class CpuCopyEngine(CopyEngine):
         nbytes = len(cargo) * self.pool.slot_bytes
         if nbytes >= LEAST_BYTES:
             self._speedometers[direction].note(nbytes, time.perf_counter() - began)
-        if not self._turns.next(direction):
+        if not self._sampling.next(direction):
             return _Arrived()
         checksums = self._checksums(cargo)
         kept = self.pool.checksums.numpy()
         if direction is Direction.LOAD:
             wrong: list[int] = cargo.block_ids[kept[cargo.slots] != checksums].tolist()
             if wrong:
-                self._turns.found_wrong()
+                self._sampling.found_wrong()
             self._clear(wrong)
             return _Arrived(wrong)
         kept[cargo.slots] = checksums

@@ -8,7 +8,7 @@ import torch
 
 from kvortex.core import Direction
 from kvortex.triton_kernels.paged_copy import Sums
-from kvortex.verification import Turns
+from kvortex.verification import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,12 +47,12 @@ class Verdicts:
         self.sums = Sums(of_words, checksums, verdicts)
         self._found = verdicts.numpy()
         self._direction = direction
-        self._turns = Turns(verification)
-        self.ways = self._turns.ways(direction)
+        self._sampling = Sampling(verification)
+        self.ways = self._sampling.ways(direction)
 
     def next(self) -> bool:
         """Whether the next copy is summed up."""
-        return self._turns.next(self._direction)
+        return self._sampling.next(self._direction)
 
     def take(self, rows: range, block_ids: BlockIds) -> list[int]:
         """Those of the rows' block ids, int64 (n,), that were found wrong since the last call.
@@ -62,7 +62,7 @@ class Verdicts:
         found = self._found[rows.start : rows.stop]
         if not found.any():
             return []
-        self._turns.found_wrong()
+        self._sampling.found_wrong()
         wrong: list[int] = block_ids[found != 0].tolist()
         found[:] = 0
         return wrong

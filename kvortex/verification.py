@@ -43,7 +43,7 @@ class Verification:
         return self.mode != "off"
 
 
-class Turns:
+class Sampling:
     """Which copies are summed up: all stores, and of loads those that are to be compared.
 
     Once one was wrong, all are.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvortex import KVortexConfig
 from kvortex.core import Direction, TransferError
-from kvortex.verification import Turns
+from kvortex.verification import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -122,8 +122,8 @@ def fail_copies(
 def compares_nothing(monkeypatch: Any) -> None:
     """Have loads bring whatever the slots hold, as with verify="off"."""
     engine = worker_of_this_process()._copy_engine
-    if hasattr(engine, "_turns"):
-        monkeypatch.setattr(engine, "_turns", Turns(None))
+    if hasattr(engine, "_sampling"):
+        monkeypatch.setattr(engine, "_sampling", Sampling(None))
         return
     monkeypatch.setattr("kvortex.id_ring.IdRing.take_bad", lambda *_: [])
 

@@ -20,7 +20,7 @@ from kvortex.core import Direction
 from kvortex.host_pool import HostPool
 from kvortex.layout import make_layout
 from kvortex.triton_kernels.reference import paged_copy_reference
-from kvortex.verification import ONE_IN, Turns, verification_of
+from kvortex.verification import ONE_IN, Sampling, verification_of
 from kvortex.worker import open_copy_engine
 
 if TYPE_CHECKING:
@@ -235,10 +235,10 @@ def test_turns_are_of_the_ways_they_name(mode: Verify) -> None:
         verification_of(make_layout({"a": torch.zeros(2, 8)}), "always"), mode=mode
     )
     for way in Direction:
-        turns = Turns(verification)
-        assert {turns.next(way) for _ in range(ONE_IN + 1)} == turns.ways(way)
-        turns.found_wrong()
-        assert {turns.next(way) for _ in range(ONE_IN + 1)} == {mode != "off"}
+        sampling = Sampling(verification)
+        assert {sampling.next(way) for _ in range(ONE_IN + 1)} == sampling.ways(way)
+        sampling.found_wrong()
+        assert {sampling.next(way) for _ in range(ONE_IN + 1)} == {mode != "off"}
 
 
 @pytest.mark.fuzz
