@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 POSITIONS = 512
 """Blocks further into a request are counted as if they were here."""
+AGAIN = -1
+"""Stands for the position of a block that was asked for before."""
 SHARE_FOR_THE_NEW = 0.5
 """Of the pool: what blocks seen for the first time may take in the time they need to return."""
 TIMES_KEPT = 2
@@ -24,26 +26,32 @@ LEAST_PERIOD = 2000
 """Accesses between two decisions: the capacity divided by PERIOD_SHARE, or so many."""
 LAST_SAMPLE = 32
 """Last blocks of requests that must have been seen before they are judged."""
-FITTING = 1
-"""Of the three rivals, which store nothing of what is new, what was reckoned to fit, or all."""
-LEADS = (1.03, 1.0, 1.06)
-"""By which factor each must have more hits than the reckoning has; what writes more, the more."""
+SELDOM, AGAIN_ONLY, FITTING, ALL = range(4)
+"""The rules. What comes again all store but the first, which does so now and then; of what is new
+they store nothing, nothing, what was reckoned to fit, and everything."""
+LEADS = (1.1, 1.03, 1.0, 1.06)
+"""By which factor each must have more hits than the reckoning has, the more so the more it departs
+from it."""
+TURN_SHARE, TURNS = 8, 32
+"""Now and then: in one of so many turns, each of the capacity divided by TURN_SHARE accesses."""
 MEMORY = 0.95
 """What a miniature's hits weigh after each decision. Both were found on four synthetic traces and
 one real one; on others of the same kinds, drawn anew, the loss against the best was up to 3 %."""
 
 
 class Adaptive(AdmissionFilter):
-    """A block asked for again is always stored. Of a request's new blocks the first few are: all
-    of them where the pool is large against the traffic, none (second sight) where it is small.
+    """A block asked for again is stored. Of a request's new blocks the first few are: all of them
+    where the pool is large against the traffic, none (second sight) where it is small.
 
     The border follows from three things that are counted: how long keys take to return, how many
     new blocks come at each position in the meantime, and how many come again. Leading blocks come
     first because a block is of no use without those before it.
 
-    Whether that reckoning is right is put to the test all the time: three miniature pools, over a
-    sample of the keys, store nothing of what is new, what was reckoned to fit, and everything.
-    While one of the other two has clearly more hits than the reckoning it is in force.
+    Whether that reckoning is right is put to the test all the time: four miniature pools, over a
+    sample of the keys, try it and three other rules. While one of those has clearly more hits than
+    the reckoning it is in force. One stores everything, one nothing that is new, and one hardly
+    anything: where more prompts take turns than the pool can hold, each new one would drive out
+    another shortly before its turn, and a part of them that stays is worth more.
 
     The last block of a request is treated apart: where requests end inside of a block, it does not
     return with the next turn, and is not stored once that was seen.
@@ -54,7 +62,7 @@ class Adaptive(AdmissionFilter):
         self._reuse = ReuseDistance(capacity)
         self._seen = Ghosts(SEEN_SHARE * capacity)
         """Key to whether it was the last of its request."""
-        self._borders = [0, POSITIONS, POSITIONS]
+        self._borders = [0, 0, POSITIONS, POSITIONS]
         """For each rival how many leading blocks are stored at first sight."""
         self._sample = Sample(capacity)
         self._rivals = [Miniature(self._sample.blocks) for _ in self._borders]
@@ -67,21 +75,24 @@ class Adaptive(AdmissionFilter):
     def hit(self, key: bytes) -> None:
         self._reuse.access(key)
         if key in self._sample:
-            self._try(key, -1)
+            self._try(key, AGAIN)
 
     def admit(self, key: bytes, place: Place) -> bool:
         self._reuse.access(key)
         if self._reuse.now - self._since > max(LEAST_PERIOD, self.capacity // PERIOD_SHARE):
             self._decide()
         was_last = self._seen.pop(key)
-        position = min(place.position, POSITIONS - 1) if was_last is None else -1
+        position = min(place.position, POSITIONS - 1) if was_last is None else AGAIN
         if key in self._sample:
             self._try(key, position)
         if was_last is None:
             return self._admit_new(key, place, position)
         self._again += 1
         self._last_again += was_last
-        return True
+        stored = self._stores(self._in_force, position)
+        if not stored:
+            self._seen.put(key, was_last)
+        return stored
 
     def _admit_new(self, key: bytes, place: Place, position: int) -> bool:
         last = place.position == place.length - 1 > 0
@@ -90,12 +101,17 @@ class Adaptive(AdmissionFilter):
         if last and self._last_does_not_return():
             return False
         self._new[position] += 1
-        return position < self._borders[self._in_force]
+        return self._stores(self._in_force, position)
+
+    def _stores(self, rule: int, position: int) -> bool:
+        """Whether by one of the rules a block is stored that is not there."""
+        if position == AGAIN and rule == SELDOM:
+            return self._reuse.now * TURN_SHARE // self.capacity % TURNS == 0
+        return position < self._borders[rule]
 
     def _try(self, key: bytes, position: int) -> None:
-        """Let the rivals have the access; `position` is -1 for what was asked for before."""
-        for border, rival in zip(self._borders, self._rivals, strict=True):
-            rival.access(key, position < border)
+        for rule, rival in enumerate(self._rivals):
+            rival.access(key, self._stores(rule, position))
 
     def _last_does_not_return(self) -> bool:
         """Seldom against what comes again of all new blocks."""

@@ -111,6 +111,34 @@ def test_the_default_admission_never_starves_a_pool_that_is_large_enough(policy:
     assert outcome.block_hit_rate == 0.5
 
 
+def turns(prompts: int, rounds: int) -> list[Request]:
+    """Prompts of 100 blocks that all return once in each round, in random order."""
+    draw = random.Random(1)
+    keys = [tuple(f"{prompt}.{i}".encode() for i in range(100)) for prompt in range(prompts)]
+    return [
+        Request(keys[n], 100) for _ in range(rounds) for n in draw.sample(range(prompts), prompts)
+    ]
+
+
+def test_of_prompts_that_take_turns_the_default_keeps_a_part() -> None:
+    """If they are too many for the pool, recency keeps what was served and drops what is next."""
+    requests = Trace(turns(prompts=40, rounds=12))
+    ours = replay(requests, "lru_freq", 2500, "adaptive")
+    recent, bound = (replay(requests, policy, 2500) for policy in ("lru", CLAIRVOYANT))
+    assert ours.block_hit_rate > max(0.9 * bound.block_hit_rate, 1.3 * recent.block_hit_rate)
+    assert ours.blocks_written < 0.3 * recent.blocks_written
+
+
+def test_the_default_keeps_up_when_prompts_no_longer_take_turns() -> None:
+    """What was kept of them is given up for what returns now."""
+    took_turns = turns(prompts=40, rounds=12)
+    keys = [tuple(f"new {n}.{i}".encode() for i in range(100)) for n in range(500)]
+    return_once = [Request(prompt, 100) for prompt in keys for _ in range(2)]
+    before = replay(Trace(took_turns), "lru_freq", 2500, "adaptive").hit_tokens
+    after = replay(Trace(took_turns + return_once), "lru_freq", 2500, "adaptive").hit_tokens
+    assert (after - before) / 100 > 0.75 * 500
+
+
 def test_the_disk_serves_what_the_host_evicted() -> None:
     twice = trace("abcd", "efgh", "abcd")
     assert replay(twice, "lru", 4).block_hit_rate == 0
