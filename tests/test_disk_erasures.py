@@ -139,6 +139,17 @@ def test_all_are_forgotten_by_one_order_which_is_given_until_it_goes_well() -> N
     assert disk.finished() == []
 
 
+def test_all_that_is_forgotten_anew_during_a_wipe_takes_another() -> None:
+    disk = Disk()
+    for _ in range(2):
+        disk.erasures.add_all()
+        assert disk.ordered() == [(WIPE, 0)]
+    disk.erasures.settle(WIPE, 0, well=True)
+    disk.erasures.add_all()
+    disk.erasures.settle(WIPE, 0, well=True)
+    assert disk.ordered() == [(WIPE, 0)]
+
+
 @pytest.mark.parametrize("pushed", [True, False])
 def test_what_is_left_is_erased_in_the_end_and_what_is_half_written(pushed: bool) -> None:
     disk = Disk()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import kvortex.disk.health
 from kvortex.disk.breaker import ERRORS_IN_A_ROW, FIRST_PAUSE_S
 from kvortex.disk.health import LEAST_PATIENCE_S, LOOK_S, DriveHealth
 from kvortex.disk.job import BlockRead, DiskJob
@@ -154,7 +155,9 @@ def test_a_trial_for_which_there_is_no_room_has_failed() -> None:
     assert len(drive.ordered(now + 2.1 * FIRST_PAUSE_S)) == 1
 
 
-def test_files_are_looked_for_from_time_to_time_and_one_look_at_a_time() -> None:
+def test_files_are_looked_for_from_time_to_time_and_one_look_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     drive, start = Drive(), time.monotonic()
     assert drive.ordered(start) == []
     drive.has_room = False
@@ -163,9 +166,10 @@ def test_files_are_looked_for_from_time_to_time_and_one_look_at_a_time() -> None
     drive.has_room = True
     assert drive.ordered(start + LOOK_S + 1) == look  # for which there was no room
     assert drive.ordered(start + 9 * LOOK_S) == []
+    monkeypatch.setattr(kvortex.disk.health, "LOOK_S", 1000.0)
     drive.health.settle(LOOK, 0, Status.DONE)
-    assert drive.ordered(time.monotonic() + LOOK_S - 1) == []
-    assert drive.ordered(time.monotonic() + LOOK_S) == look
+    assert drive.ordered(time.monotonic() + 990) == []
+    assert drive.ordered(time.monotonic() + 1000) == look
     assert drive.off == (False, False)
 
 
