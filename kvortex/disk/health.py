@@ -39,8 +39,8 @@ class _Way(NamedTuple):
 
 
 class DriveHealth:
-    """`reading` and `writing` go off apart, after errors of their own; both at once when the files
-    that are open are not those of the folder any more.
+    """`reading` and `writing` go off apart, after errors and late jobs of their own; both at once
+    when the files that are open are not those of the folder any more.
 
     Args:
         disk_path: for the log.
@@ -48,7 +48,7 @@ class DriveHealth:
         orders: have the lane that reads, and the one that changes slot 0, take a row that is of no
             job; return whether there was room.
         read_patience_s: how long a read is worth waiting for.
-        why_off: of the last trial of reading, and of writing, that failed.
+        why_off: why the last trial of reading, and of writing, failed; set by lanes.
     """
 
     def __init__(
