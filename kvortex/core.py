@@ -71,6 +71,15 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
+def shown_bytes(size: float) -> str:
+    """A number of bytes as a person reads it: 128 KiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
 class Direction(Enum):
     """Which way a block moves: STORE is GPU to host, LOAD is host to GPU."""
 

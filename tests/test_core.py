@@ -1,10 +1,10 @@
-"""What errors have in common: their message is one line that can be shown anywhere."""
+"""What errors have in common, whose message is one line that can be shown anywhere; and values."""
 
 from __future__ import annotations
 
 import pytest
 
-from kvortex.core import BlockNotFoundError, ConfigError, PoolAllocationError, shown
+from kvortex.core import BlockNotFoundError, ConfigError, PoolAllocationError, shown, shown_bytes
 
 
 @pytest.mark.parametrize("kind", [ConfigError, PoolAllocationError, BlockNotFoundError])
@@ -25,3 +25,9 @@ def test_values_are_shown_short() -> None:
     assert shown(deep) == "a list too large to be shown"
     while deep:  # else its end is as deep
         deep = deep.pop()  # type: ignore[assignment]
+
+
+def test_bytes_are_shown_in_the_largest_unit_of_which_there_is_one() -> None:
+    sizes = (0, 1023, 1024, 1536, 5 << 20, 1 << 30, 3 << 40)
+    told = ["0 B", "1023 B", "1 KiB", "1.5 KiB", "5 MiB", "1 GiB", "3072 GiB"]
+    assert [shown_bytes(size) for size in sizes] == told

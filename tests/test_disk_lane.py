@@ -1,23 +1,30 @@
-"""Lane: rows in order, by whichever thread is free; none sleeps while there is something to do."""
+"""Lane: rows in order, by whichever thread is free; none sleeps while there is something to do.
+
+And Lanes: several of them, whose answers meet.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from contextlib import contextmanager
 from threading import Barrier, Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 import kvortex.disk.lane
 from kvortex.bell import Bell
 from kvortex.disk.lane import Lane
+from kvortex.disk.lanes import Lanes
+from kvortex.disk.moves import ERASE
 from kvortex.disk.slots import Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kvortex.disk.lane import Answers, Row, Work
+    from kvortex.disk.moves import Moves
 
 TIMEOUT = 20
 
@@ -129,3 +136,58 @@ def test_threads_end_after_the_row_that_each_works_on() -> None:
         assert one.lane.join(TIMEOUT)
         assert sorted(one.take(2)) == [0, 1]
         assert not one.answers
+
+
+class Slow:
+    """Moves that hang until told otherwise."""
+
+    def __init__(self) -> None:
+        self.flows = Event()
+        self.changed: list[int] = []
+
+    def read(self, row: Row) -> Status:
+        assert self.flows.wait(TIMEOUT)
+        return Status.DONE
+
+    def write(self, row: Row) -> Status:
+        assert self.flows.wait(TIMEOUT)
+        self.changed.append(row[1])
+        return Status.ERROR
+
+
+def test_all_that_changes_a_slot_is_done_in_order_and_answered_to_its_lane() -> None:
+    moves, closing = Slow(), Event()
+    lanes = Lanes(cast("Moves", moves), 2, 3, closing)
+    assert len(lanes.all) == 4
+    assert lanes.writer(1) is lanes.writer(4) is not lanes.writer(2)
+    for slot in (1, 4, 1, 7):
+        assert lanes.order_change(ERASE, slot)
+    read, change_first = lanes.orders
+    assert read(ERASE, 9, 0.0)
+    assert [lane.under_way for lane in lanes.all] == [1, 0, 4, 0]
+    assert change_first(ERASE, 0, 0.0)
+    assert [lane.under_way for lane in lanes.all] == [1, 1, 4, 0]
+    assert list(lanes.take()) == []
+    moves.flows.set()
+    taken: list[tuple[Row, Status]] = []
+    while len(taken) < 6:
+        assert lanes.answered.wait(TIMEOUT)
+        taken += lanes.take()
+    assert [slot for slot in moves.changed if slot] == [1, 4, 1, 7]
+    assert sorted(row[1] for row, _ in taken) == [0, 1, 1, 4, 7, 9]
+    assert {row[1] for row, status in taken if status is Status.DONE} == {9}
+    assert not any(lane.under_way for lane in lanes.all)
+    closing.set()
+    assert lanes.end(TIMEOUT)
+
+
+def test_whoever_ends_lanes_is_told_whether_one_hangs() -> None:
+    moves, closing = Slow(), Event()
+    lanes = Lanes(cast("Moves", moves), 1, 2, closing)
+    lanes.order_change(ERASE, 1)
+    while lanes.writer(1)._todo:
+        time.sleep(0.001)
+    closing.set()
+    assert not lanes.end(0.01)
+    moves.flows.set()
+    assert lanes.end(TIMEOUT)

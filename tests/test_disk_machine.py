@@ -173,8 +173,8 @@ class DiskMachine(RuleBasedStateMachine):
             self.gone |= forgotten
 
     def erases(self) -> bool:
-        store = self.store
-        return bool(store._unerased or store._erasing or store._to_wipe or store._wiping)
+        left = self.store._erasures
+        return bool(left._unerased or left._erasing or left._to_wipe or left._wiping)
 
     @rule(slot=slots, at=st.integers(0, SLOT_BYTES - 1))
     def corrupt(self, slot: int, at: int) -> None:

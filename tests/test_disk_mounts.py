@@ -314,7 +314,7 @@ def until_on(store: DiskStore) -> None:
 
 def until_tried(store: DiskStore) -> None:
     """Both ways, twice and in vain."""
-    for breaker in (store._reading, store._writing):
+    for breaker in (store._health.reading, store._health.writing):
         for _ in range(2):
             before = breaker._next_trial
             while breaker._next_trial == before:

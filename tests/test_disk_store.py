@@ -28,6 +28,7 @@ from disks import (
 )
 
 import kvortex.disk.breaker
+import kvortex.disk.health
 import kvortex.disk.lane
 import kvortex.disk.moves
 import kvortex.disk.slots
@@ -180,7 +181,7 @@ def test_what_may_be_the_record_of_a_slot_is_away_before_its_bytes_are_written(
     with opened(tmp_path, open_file=Logged) as (store, pool):
         assert [writes(slot) for slot in (0, 0, 1, 1, 2)] == [first, again, first, again, first]
         store.erase([1])
-        while store._erasing:
+        while store._erasures._erasing:
             store.wait(0.01)
             store.poll()
         assert [writes(slot) for slot in (1, 1)] == [first, again]
@@ -248,12 +249,12 @@ def test_clear_is_one_order_which_is_carried_out_once_the_drive_works(
         faults.error = errno.EIO
         store.clear()
         store.poll()
-        assert sum(lane.under_way for lane in store._lanes) == 1
+        assert sum(lane.under_way for lane in store._lanes.all) == 1
         assert read(store, pool, KEYS, list(SLOTS.values())) == [None] * 3
         assert store.counters.read_errors == 0  # nothing was looked for
         faults.error = None
         deadline = time.monotonic() + 10
-        while mended and (store._to_wipe or store._wiping):
+        while mended and (store._erasures._to_wipe or store._erasures._wiping):
             assert time.monotonic() < deadline
             store.wait(0.01)
             store.poll()
@@ -400,7 +401,7 @@ def test_a_folder_that_is_removed_is_noticed_without_an_error_and_used_again_if_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
     """Files that are open are written and read as well when they are deleted."""
-    monkeypatch.setattr(kvortex.disk.store, "LOOK_S", 0.02)
+    monkeypatch.setattr(kvortex.disk.health, "LOOK_S", 0.02)
     monkeypatch.setattr(kvortex.disk.breaker, "FIRST_PAUSE_S", 0.02)
     monkeypatch.setattr(kvortex.disk.breaker, "LONGEST_PAUSE_S", 0.1)
     disk, away, deadline = tmp_path / "disk", tmp_path / "away", time.monotonic() + 20
@@ -445,8 +446,8 @@ def test_why_a_drive_stays_off_is_told_when_it_is_another_reason(
     def tried(times: int) -> None:
         """Until it has been so often in vain."""
         for _ in range(times):
-            before = store._writing._next_trial
-            while store._writing._next_trial == before:
+            before = store._health.writing._next_trial
+            while store._health.writing._next_trial == before:
                 store.poll()
                 store.wait(0.01)
         told.append([record.getMessage() for record in caplog.records])
@@ -479,7 +480,7 @@ class Numberless(DiskFile):
 def test_where_files_cannot_be_told_apart_nobody_looks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kvortex.disk.store, "LOOK_S", 0.0)
+    monkeypatch.setattr(kvortex.disk.health, "LOOK_S", 0.0)
     with opened(tmp_path, open_file=Numberless) as (store, pool):
         for version in range(20):
             assert not written(store, pool, SLOTS, version)
@@ -497,7 +498,7 @@ def test_a_trial_that_takes_too_long_has_failed(
         for _ in range(3):
             read(store, pool, [KEYS[0]], [0])
         faults.error, faults.delay, before = None, 0.2, faults.moves
-        while faults.moves == before or store._reading._on_trial:
+        while faults.moves == before or store._health.reading._on_trial:
             assert store.poll().reading_off
             store.wait(0.01)
         faults.delay = 0
@@ -550,7 +551,7 @@ def test_nobody_waits_for_a_drive_that_stalls(tmp_path: Path) -> None:
         store.read(5, [KEYS[0]], [0], [3])
         fill(pool, 4, block_bytes(b"other"))
         store.write(6, [b"other"], [4], [4])
-        while store._reading._errors < 2:
+        while store._health.reading._errors < 2:
             store.poll()
             time.sleep(0.01)
         assert 0.3 < time.monotonic() - start < 1  # by then two reads count as failed
@@ -568,9 +569,9 @@ def test_a_drive_that_hangs_goes_off_while_it_hangs_with_one_job_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reads: bool
 ) -> None:
     """A small pool has no more, and the next one is planned when this one has ended."""
-    monkeypatch.setattr(kvortex.disk.store, "WRITE_PATIENCE_S", 0.2)
-    monkeypatch.setattr(kvortex.disk.moves, "WRITE_PATIENCE_S", 0.2)
-    monkeypatch.setattr(kvortex.disk.store, "LEAST_PATIENCE_S", 0.1)
+    for module in (kvortex.disk.store, kvortex.disk.moves, kvortex.disk.health):
+        monkeypatch.setattr(module, "WRITE_PATIENCE_S", 0.2)
+    monkeypatch.setattr(kvortex.disk.health, "LEAST_PATIENCE_S", 0.1)
     monkeypatch.setattr(kvortex.disk.breaker, "FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(kvortex.disk.breaker, "LONGEST_PAUSE_S", 0.1)
     faults = Faults()
@@ -653,7 +654,7 @@ def test_what_a_drive_answers_after_the_end_is_not_heard(
         store.close()
         assert "has not answered" in caplog.text
         assert store.poll().ended == {3: {0}}
-        for lane in store._lanes:
+        for lane in store._lanes.all:
             assert lane.join(10)
         assert store.poll().ended == {}
         store._cache.close()  # which close() left to the drive
@@ -670,7 +671,7 @@ def test_a_full_queue_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert store.counters.refused_blocks == 5
         store.erase(slots)  # which is never refused, only later
         deadline = time.monotonic() + 10
-        while store._unerased and time.monotonic() < deadline:
+        while store._erasures._unerased and time.monotonic() < deadline:
             store.poll()
             time.sleep(0.01)
     with opened(tmp_path) as (store, _):

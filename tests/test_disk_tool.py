@@ -140,7 +140,8 @@ def test_what_was_written_after_a_reset_is_not_damaged(
     with opened(tmp_path) as (store, pool):
         store.clear()
         store.poll()
-        while store._to_wipe or store._wiping:  # which would take what is written with it
+        left = store._erasures
+        while left._to_wipe or left._wiping:  # which would take what is written with it
             store.wait(1)
             store.poll()
         assert not written(store, pool, BLOCKS)

@@ -122,7 +122,7 @@ class Rank:
             self.store._take_answers()
 
     def busy(self) -> bool:
-        return bool(self.store._jobs or self.store._erasing)
+        return bool(self.store._jobs or self.store._erasures._erasing)
 
     def close(self) -> list[tuple[str, int, bytes]]:
         """Returns what the drive had not been told to keep."""

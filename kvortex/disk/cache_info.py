@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kvortex.core import printable
+from kvortex.core import printable, shown_bytes
 
 UNKNOWN = "not known"
 
@@ -88,20 +88,12 @@ def _row(info: CacheInfo) -> tuple[str, ...]:
         str(info.rank),
         UNKNOWN if info.slots is None else str(info.slots),
         UNKNOWN if info.used is None else str(info.used),
-        UNKNOWN if info.slot_bytes is None else _size(info.slot_bytes),
-        _size(info.disk_bytes),
+        UNKNOWN if info.slot_bytes is None else shown_bytes(info.slot_bytes),
+        shown_bytes(info.disk_bytes),
         _age(info.newest_age),
         _age(info.oldest_age),
         {True: "yes", False: "no", None: UNKNOWN}[info.in_use],
     )
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} GiB"
 
 
 def _age(seconds: float | None) -> str:

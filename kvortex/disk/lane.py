@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     Row = tuple[int, int, int, int, float]
     """Job, position, part, parts, and a second of the clock; see Moves."""
+    Order = Callable[[int, int, float], bool]
     Work = Callable[[Row], Status]
     Answers = deque[tuple["Lane", Row, Status]]
 
@@ -71,6 +72,10 @@ class Lane:
         if count:
             self._called.ring()
         return count
+
+    def order(self, what: int, position: int, until: float) -> bool:
+        """Push a row that belongs to no job; returns whether there was room."""
+        return self.push([(what, position, 0, 1, until)]) == 1
 
     def wake(self) -> None:
         """Have the threads look what they shall do."""

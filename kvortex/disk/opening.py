@@ -72,9 +72,9 @@ class OpenCache:
         self._warn(disk_path, num_slots * stride(slot_bytes))
 
     @property
-    def path(self) -> Path:
-        """Of the folder."""
-        return self._folder.path
+    def watched(self) -> Path | None:
+        """The folder; None where a file system's numbers mean nothing, by which files are told."""
+        return self._folder.path if self.is_there() else None
 
     def is_there(self) -> bool:
         """Whether the open files are where they were; deleted ones can be used as well as any.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from kvortex.disk.slots import Status
 
 if TYPE_CHECKING:
+    from kvortex.disk.format import Survivors
     from kvortex.disk.job import DiskJob
 
 TOLD = (
@@ -57,6 +58,12 @@ class DiskCounters:
     """How often reading or writing was switched off after errors."""
     removed_caches: int = 0
     """Caches of other models that were removed at start."""
+
+    @classmethod
+    def at_start(cls, found: Survivors, removed: int) -> Self:
+        """Of a cache in which this was found, and for which so many others were removed."""
+        stale = len(found.stale)
+        return cls(stale_blocks=stale, invalid_records=found.invalid, removed_caches=removed)
 
     def count_move(self, *, is_read: bool, blocks: int, slot_bytes: int) -> None:
         """Blocks that arrived."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvortex.config import GIB, slots_in_pool
+from kvortex.core import shown_bytes
 from kvortex.disk.opening import disk_slots_in_pool
 from kvortex.planning.blocks import block_shape
 
@@ -192,8 +193,8 @@ def table(plan: Plan) -> str:
     lines = [
         f"{attention.architecture}: {len(attention.windows)} layers, {_kind(attention)}, "
         f"{attention.dtype}",
-        f"a token takes {_size(shape.bytes_per_token)}{gpus}, a block of {shape.block_tokens} "
-        f"tokens {_size(shape.block_bytes)}"
+        f"a token takes {shown_bytes(shape.bytes_per_token)}{gpus}, "
+        f"a block of {shape.block_tokens} tokens {shown_bytes(shape.block_bytes)}"
         + (f" in each of {len(shape.reaches)} groups of layers" if len(shape.reaches) > 1 else ""),
         "",
         f"{'':8}{'blocks':>12}{'tokens':>14}",
@@ -230,14 +231,6 @@ def _kind(attention: Attention) -> str:
         return f"one latent of {attention.head_elements} (MLA)"
     size = attention.head_elements // 2
     return f"{attention.kv_heads} KV heads of {size} for {attention.query_heads} heads"
-
-
-def _size(size: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} GiB"
 
 
 def _time(seconds: float) -> str:
