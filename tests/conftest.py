@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import sys
 import threading
@@ -49,6 +50,12 @@ def _import_kernel() -> None:
 
 
 _import_kernel()
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a former life left is adopted by one call, however slow the machine is."""
+    monkeypatch.setattr("kvortex.overflow.ADOPT_S", math.inf)
 
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

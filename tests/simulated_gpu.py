@@ -288,6 +288,7 @@ def simulate(patch: pytest.MonkeyPatch, driver: SimulatedDriver, **constants: An
     )
     for module in modules:
         patch.setattr(f"kvortex.{module}.cuda_driver", lambda: driver)
+    patch.setattr("kvortex.cuda_ticket.POLL_SECONDS", 0.0)  # each look is a step already
     patch.setattr("kvortex.movers.factory.PagedKernel", SimulatedKernel)
     patch.setattr(torch.cuda, "Stream", SimulatedStream)
     patch.setattr(torch.cuda, "synchronize", driver.synchronize)

@@ -105,21 +105,22 @@ def test_exact_whatever_overtakes_what(
 def test_a_call_that_fails_leaves_nothing_under_way(
     mover: str, direction: Direction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many, failures = np.arange(70), 0
+    many, failures = np.arange(40), 0
     for call in range(1, 30):
         with monkeypatch.context() as patch:
             driver = SimulatedDriver(call)
             simulate(
                 patch,
                 driver,
-                cuda_copy_engine__ID_ROWS=64,
-                movers__factory__BUFFER_BYTES=8 * SLOT,
+                cuda_copy_engine__ID_ROWS=32,
+                cuda_copy_engine__PROBE_BYTES=1,
+                movers__factory__BUFFER_BYTES=5 * SLOT,
                 movers__staged__LEAST_CHUNK_BYTES=SLOT,
                 cuda_stopwatch__LEAST_BYTES=1,
             )
             choice = Choice(mover, mover, 0, 0, 4)
-            kv, engine = simulated_engine(patch, choice, blocks=BLOCKS, page=PAGE)
-            earlier = engine.copy(direction, np.arange(80, 90), np.arange(80, 90))
+            kv, engine = simulated_engine(patch, choice, blocks=60, page=PAGE)
+            earlier = engine.copy(direction, np.arange(50, 60), np.arange(50, 60))
             driver.fail_at = call
             try:
                 assert engine.copy(direction, many, many).wait()
@@ -128,9 +129,9 @@ def test_a_call_that_fails_leaves_nothing_under_way(
                 assert driver.idle or call == 1
             driver.fail_at = None
             assert earlier.wait()
-            slots = np.random.default_rng(call).permutation(BLOCKS)
-            assert engine.copy(STORE, np.arange(BLOCKS), slots).wait()
-            again = engine.copy(LOAD, np.arange(BLOCKS), slots)
+            slots = np.random.default_rng(call).permutation(60)
+            assert engine.copy(STORE, np.arange(60), slots).wait()
+            again = engine.copy(LOAD, np.arange(60), slots)
             assert again.wait()
             assert again.bad_block_ids == []  # no sum or verdict is left of what failed
             for page in engine.layout.pages:

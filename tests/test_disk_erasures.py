@@ -115,9 +115,46 @@ def test_what_goes_well_is_a_use_of_the_drive_that_went_well() -> None:
 def test_a_slot_that_is_written_again_is_not_erased_behind_it() -> None:
     disk = Disk()
     disk.erasures.add([1, 2])
-    disk.erasures.drop([2, 7])
+    disk.erasures.replace([2, 7])
     assert disk.ordered() == [(ERASE, 1)]
     assert disk.finished() == [("erase", 1)]
+    disk.erasures.replaced(2, well=True)
+    disk.erasures.replaced(7, well=False)
+    assert disk.finished() == [("erase", 1)]
+
+
+def test_nor_where_its_erasure_fails_while_the_other_record_is_on_its_way() -> None:
+    disk = Disk()
+    disk.erasures.add([1])
+    assert disk.ordered() == [(ERASE, 1)]
+    disk.erasures.replace([1])
+    disk.erasures.settle(ERASE, 1, well=False)
+    assert disk.ordered() == []
+    disk.erasures.replaced(1, well=True)
+    assert disk.ordered() == []
+    assert disk.finished() == []
+
+
+@pytest.mark.parametrize("pushed", [True, False])
+def test_what_was_to_be_replaced_and_was_not_is_erased(pushed: bool) -> None:
+    disk = Disk()
+    disk.erasures.add([1])
+    if pushed:
+        disk.erasures.push()
+    disk.erasures.replace([1])
+    if pushed:
+        disk.erasures.settle(ERASE, 1, well=False)
+    disk.erasures.replaced(1, well=False)
+    assert disk.ordered() == [(ERASE, 1)]
+
+
+def test_what_is_erased_while_it_is_written_is_erased_behind_it() -> None:
+    disk = Disk()
+    disk.erasures.add([1])
+    disk.erasures.replace([1])
+    disk.erasures.add([1])
+    disk.erasures.replaced(1, well=True)
+    assert disk.ordered() == [(ERASE, 1)]
 
 
 def test_all_are_forgotten_by_one_order_which_is_given_until_it_goes_well() -> None:

@@ -10,6 +10,7 @@ from overflows import PLACE, Setting, name
 import kvortex.overflow
 from kvortex.core import DiskPlan, DiskReport
 from kvortex.metrics import MissReason
+from kvortex.overflow import ADOPT_S
 from kvortex.policies import LRU
 
 
@@ -170,8 +171,9 @@ def test_a_reset_ends_what_is_being_taken_in(monkeypatch: pytest.MonkeyPatch, st
     setting.check()
 
 
-def test_no_step_waits_for_a_million_survivors() -> None:
+def test_no_step_waits_for_a_million_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk of 100 GB with blocks of 128 KiB has 763 thousand; here are fewer."""
+    monkeypatch.setattr("kvortex.overflow.ADOPT_S", ADOPT_S)
     count = 100_000
     setting = Setting(disk_slots=count, known=False)
     survivors = {b"%032d" % slot: slot for slot in range(count)}

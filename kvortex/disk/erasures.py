@@ -33,6 +33,8 @@ class Erasures:
         self._unerased: set[int] = set()
         """Slots for which no lane had room yet."""
         self._erasing: set[int] = set()
+        self._replaced: set[int] = set()
+        """Slots to erase that are written meanwhile: if that succeeds they are not erased."""
         self._to_wipe = self._wiping = False
 
     def add(self, slots: Iterable[int]) -> None:
@@ -41,16 +43,27 @@ class Erasures:
             if 0 <= slot < self._files.num_slots:
                 self._files.forget(slot)
                 self._unerased.add(slot)
+                self._replaced.discard(slot)
 
     def add_all(self) -> None:
         """Also what will be written from now on, after a restart."""
         self._files.renounce()
         self._to_wipe = True
         self._unerased.clear()
+        self._replaced.clear()
 
-    def drop(self, slots: Iterable[int]) -> None:
-        """Slots get another record, in order with what was pushed."""
-        self._unerased.difference_update(slots)
+    def replace(self, slots: Iterable[int]) -> None:
+        """Slots get another record, in order with what was pushed; see `replaced`."""
+        slots = set(slots)
+        self._replaced |= slots & (self._unerased | self._erasing)
+        self._unerased -= slots
+
+    def replaced(self, slot: int, *, well: bool) -> None:
+        """The record has been written, or the old one may still be there."""
+        if slot in self._replaced:
+            self._replaced.discard(slot)
+            if not well:
+                self._unerased.add(slot)
 
     def push(self) -> None:
         """What finds no room in its lane, or cannot be written now, is pushed later."""
@@ -70,7 +83,7 @@ class Erasures:
             self._to_wipe = self._to_wipe or not well
         else:
             self._erasing.discard(slot)
-            if not well:
+            if not well and slot not in self._replaced:
                 self._unerased.add(slot)
         if well:
             self._writing.succeed()

@@ -159,7 +159,7 @@ class DiskStore:
                 rows.setdefault(self._lanes.writer(slot), []).append(row)
         for lane, own in rows.items():
             self._push(job, lane, own)
-        self._erasures.drop(s for at, s in enumerate(job.disk_slots) if at not in job.failed)
+        self._erasures.replace(s for at, s in enumerate(job.disk_slots) if at not in job.failed)
         self._finish_if_ended(job)
 
     def read(
@@ -267,6 +267,9 @@ class DiskStore:
                 job = self._jobs[what]
                 self._health.judge(job, status)
                 job.end(position, status)
+                if not job.reads:
+                    well = status is Status.DONE
+                    self._erasures.replaced(job.disk_slots[position], well=well)
                 self._finish_if_ended(job)
 
     def _finish_if_ended(self, job: DiskJob) -> None:
