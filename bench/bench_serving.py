@@ -9,6 +9,7 @@ but a config.json will do for a model: weights are random. Scenarios (`--only`):
 half      prompt of 32K tokens, half of which is a host hit or a GPU hit; time to first token
 one-head  prompt of 32K tokens that was seen before, with one KV head; time to first token
 users     32 users with contexts of 8K tokens return twice, 8 at once, GPU memory for 4 of them
+often     the same, but they return eight times
 decode    time per token of 8 running requests while prompts of 8K tokens are stored and loaded
 restore   8 conversations of 32K tokens return, GPU memory for one, 32 GiB of host memory
 
@@ -48,6 +49,8 @@ PANELS = {
     "one-head": ("s", ("first token, host hit", "first token, GPU hit")),
     "users": ("requests/s", ("served",)),
     "users ": ("s", ("first token, returning",)),
+    "often": ("requests/s", ("served",)),
+    "often ": ("s", ("first token, returning",)),
     "decode": (
         "mean ms/token",
         ("alone", "beside new prompts", "beside GPU hits", "beside host hits"),
@@ -60,12 +63,12 @@ PANELS = {
 def engines(names: list[str], host_gib: float, scale: float) -> list[tuple[list[str], float]]:
     """Scenarios that can share an engine, and its host memory."""
 
-    def needs(name: str) -> tuple[bool, bool, float]:
-        scenario = SCENARIOS[name]
-        return scenario.one_head, scenario.capped, max(host_gib, scenario.host_gib * scale)
+    def needs(name: str) -> tuple[bool, bool, int, float]:
+        one = SCENARIOS[name]
+        return one.one_head, one.capped, one.returns, max(host_gib, one.host_gib * scale)
 
     groups = itertools.groupby(sorted(names, key=needs), key=needs)
-    return [(list(group), gib) for (_, _, gib), group in groups]
+    return [(list(group), gib) for (*_, gib), group in groups]
 
 
 def measure(way: str, names: list[str], host_gib: float, args: argparse.Namespace) -> None:
@@ -73,7 +76,9 @@ def measure(way: str, names: list[str], host_gib: float, args: argparse.Namespac
     from vllm import LLM
 
     scenario = SCENARIOS[names[0]]
-    blocks = capped_blocks(args.scale, args.block_size) if scenario.capped else None
+    blocks = None
+    if scenario.capped:
+        blocks = capped_blocks(args.scale, args.block_size, scenario.returns)
     llm = LLM(
         model=args.model,
         load_format="dummy",
@@ -177,7 +182,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
     ways = [way for way in WAYS if way in {row["way"] for row in rows}]
     graphs = {row["scenario"]: row["graphs"] for row in rows}
-    figure, axes = pyplot.subplots(2, 3, figsize=(14, 7.5))
+    figure, axes = pyplot.subplots(2, 4, figsize=(18, 7.5))
     for axis, (title, (unit, measures)) in zip(axes.flat, PANELS.items(), strict=True):
         for number, way in enumerate(ways):
             here = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvortex.benchmark.conversations import converse
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 LONG, CONTEXT = 32_768, 8_192
 SHORTEST = 128
 REPEATS = 5
-USERS, ON_GPU, CONCURRENCY, RETURNS = 32, 4, 8, 2
+USERS, ON_GPU, CONCURRENCY = 32, 4, 8
+RETURNS, OFTEN = 2, 8
 NEW_TOKENS, ANSWER = 64, 32
 RUNNING, DECODED, BESIDE = 8, 256, 16
 CONVERSATIONS = 8
@@ -68,9 +70,9 @@ def _hits(serving: ScaledServing, seen: int, new: int) -> list[Row]:
     ]
 
 
-def users(serving: ScaledServing) -> list[Row]:
+def users(serving: ScaledServing, returns: int = RETURNS) -> list[Row]:
     """Conversations that return in random order while others are served."""
-    shape = Conversations(USERS, serving.length(CONTEXT), CONCURRENCY, RETURNS, NEW_TOKENS, ANSWER)
+    shape = Conversations(USERS, serving.length(CONTEXT), CONCURRENCY, returns, NEW_TOKENS, ANSWER)
     found = converse(serving, shape)
     return [
         single("served", "requests/s", found.requests / found.seconds),
@@ -145,6 +147,8 @@ class Scenario:
     """Whether the GPU's KV cache is held down to `ON_GPU` conversations."""
     host_gib: float = 0
     """At least so much host memory."""
+    returns: int = RETURNS
+    """Of each conversation, at most."""
 
 
 SCENARIOS = {
@@ -152,6 +156,7 @@ SCENARIOS = {
     "decode": Scenario(decode),
     "one-head": Scenario(one_head, one_head=True),
     "users": Scenario(users, capped=True),
+    "often": Scenario(partial(users, returns=OFTEN), capped=True, returns=OFTEN),
     "restore": Scenario(restore, capped=True, host_gib=32),
 }
 
@@ -160,9 +165,9 @@ def scaled(tokens: int, scale: float) -> int:
     return max(SHORTEST, round(tokens * scale))
 
 
-def capped_blocks(scale: float, block_tokens: int) -> int:
+def capped_blocks(scale: float, block_tokens: int, returns: int) -> int:
     """GPU blocks for `ON_GPU` whole conversations, and vLLM's null block."""
-    longest = scaled(CONTEXT, scale) + RETURNS * NEW_TOKENS + (RETURNS + 1) * ANSWER
+    longest = scaled(CONTEXT, scale) + returns * NEW_TOKENS + (returns + 1) * ANSWER
     return ON_GPU * math.ceil(longest / block_tokens) + 1
 
 
