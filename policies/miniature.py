@@ -6,7 +6,7 @@ from zlib import crc32
 
 from .lru_freq import LRUFreq
 
-MOST_BLOCKS = 512
+MOST_BLOCKS = 1024
 """Of a miniature; a pool that is larger is simulated with as small a share of its keys."""
 SPREAD = 1 << 24
 
