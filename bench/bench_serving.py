@@ -181,7 +181,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.patches import Patch
 
     ways = [way for way in WAYS if way in {row["way"] for row in rows}]
-    graphs = {row["scenario"]: row["graphs"] for row in rows}
+    setups = {row["scenario"]: (row["device"], row["graphs"]) for row in rows}
     figure, axes = pyplot.subplots(2, 4, figsize=(18, 7.5))
     for axis, (title, (unit, measures)) in zip(axes.flat, PANELS.items(), strict=True):
         for number, way in enumerate(ways):
@@ -197,12 +197,13 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             if unit == "s":
                 high = [float(here[measures[at]]["p99"]) for at in shown]
                 axis.vlines(places, values, high, color="black", linewidth=0.8)
-        how = "CUDA graphs" if graphs.get(title.strip()) == "True" else "eager"
-        axis.set(title=f"{title.strip()} ({how})", ylabel=unit, xlim=(-0.5, len(measures) - 0.5))
+        device, graphs = setups.get(title.strip(), ("", ""))
+        how = "CUDA graphs" if graphs == "True" else "eager"
+        axis.set_title(f"{title.strip()}: {device}, {how}", fontsize=9)
+        axis.set(ylabel=unit, xlim=(-0.5, len(measures) - 0.5))
         axis.set_xticks(range(len(measures)), [LINE_END.sub(r"\1\n", m) for m in measures])
         axis.grid(axis="y", alpha=0.3)
     shown_ways = [Patch(color=f"C{number}", label=way) for number, way in enumerate(ways)]
-    figure.suptitle(rows[0]["device"])
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.legend(handles=shown_ways, loc="lower center", ncols=len(ways))
     figure.savefig(path, dpi=100)

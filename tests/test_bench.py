@@ -95,6 +95,14 @@ def test_figures_that_may_be_believed() -> None:
     assert printed["ways"]["kvortex"]["conversations"]["cached_share"] == 0.8
 
 
+def test_a_tier_that_is_slower_than_computing_is_told() -> None:
+    slow = whole(lambda each: replace(each, seconds=0.2) if each.source == DISK else each)
+    assert table(report(slow)).endswith(
+        "0.5 times as soon from disk.\n\nFrom disk that takes longer than to compute it: a server "
+        "computes it instead, once it has seen both."
+    )
+
+
 @pytest.mark.parametrize(
     ("source", "change", "words"),
     [

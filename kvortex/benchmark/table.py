@@ -37,13 +37,20 @@ def _summary(report: Report) -> Iterator[str]:
         return
     longest = max(report.plan.lengths)
     times = {each.source: each for each in report.times(KVORTEX) if each.length == longest}
-    gains = [
-        f"{times[COLD].median_s / each.median_s:.1f} times as soon from {SHOWN[source][:-4]}"
+    ratios = {
+        SHOWN[source].removesuffix(" hit"): times[COLD].median_s / each.median_s
         for source, each in times.items()
         if source in {HOST, DISK} and each.share >= ENOUGH
-    ]
+    }
+    gains = [f"{ratio:.1f} times as soon from {tier}" for tier, ratio in ratios.items()]
     if gains:
         yield f"A prompt of {longest:,} tokens that returns begins {', '.join(gains)}."
+    slower = [tier for tier, ratio in ratios.items() if ratio < 1]
+    if slower and report.plan.config.load == "auto":
+        yield (
+            f"From {' and '.join(slower)} that takes longer than to compute it: a server computes "
+            "it instead, once it has seen both."
+        )
 
 
 def _head(report: Report) -> str:
