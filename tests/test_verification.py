@@ -33,8 +33,8 @@ STORE, LOAD = Direction.STORE, Direction.LOAD
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 only_cuda = pytest.mark.parametrize(
     "device",
-    [pytest.param(torch.device("cuda"), marks=[pytest.mark.gpu, NO_CUDA])],
-    indirect=False,
+    [pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])],
+    indirect=True,
 )
 SLEEP_CYCLES = 100_000_000
 """About 0.05 s of a GPU."""
