@@ -27,13 +27,20 @@ SCHEDULER_TESTS := tests/test_vllm_scheduler.py tests/test_scheduler_side.py \
 	tests/test_steps_under_way.py tests/test_prefetcher.py tests/test_explanation.py \
 	tests/test_setbacks.py tests/test_turns.py tests/test_store_planner.py tests/test_tracked_requests.py
 
+# Many tests wait for a vLLM that starts, on one core. A file's tests share what it has set up.
+# What is timed runs afterwards, with nothing beside it.
+WORKERS ?= 2
+TIMED := tests/test_host_costs.py tests/test_scheduler_side.py
+PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --benchmark-skip
+
 .PHONY: demo test test-other fuzz soak coverage mutants docs lint clean
 
 demo: .venv/ready
 	@$(BIN)/kvortex demo $(ARGS)
 
 test: lint
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+	$(BIN)/pytest --benchmark-only $(TIMED)
 
 test-other: .other/$(OTHER)/ready
 	PYTHONPATH=$(CURDIR)/.other/$(OTHER) $(BIN)/pytest $(SCHEDULER_TESTS) $(ARGS)
@@ -52,7 +59,7 @@ fuzz: .venv/ready
 
 coverage: .venv/ready
 	$(BIN)/coverage erase
-	status=0; $(BIN)/coverage run $(BIN)/pytest $(ARGS) || status=$$?; \
+	status=0; $(BIN)/coverage run $(PYTEST) $(ARGS) || status=$$?; \
 		$(BIN)/coverage combine --quiet && $(BIN)/coverage report; exit $$status
 
 # Which small mistakes in index, tiers and policies no test would notice: ARGS="kvortex.tiers*".
