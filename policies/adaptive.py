@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .admission import SEEN_SHARE, AdmissionFilter
-from .ghosts import Ghosts
+from .ghosts import COUNT, SPREAD, Ghosts
 from .miniature import Miniature, Sample
 from .reuse import ReuseDistance
 
@@ -32,11 +32,17 @@ they store nothing, nothing, what was reckoned to fit, and everything."""
 LEADS = (1.1, 1.03, 1.0, 1.06)
 """By which factor each must have more hits than the reckoning has, the more so the more it departs
 from it."""
-TURN_SHARE, TURNS = 8, 32
-"""Now and then: in one of so many turns, each of the capacity divided by TURN_SHARE accesses."""
 MEMORY = 0.95
 """What a miniature's hits weigh after each decision. Both were found on four synthetic traces and
 one real one; on others of the same kinds, drawn anew, the loss against the best was up to 3 %."""
+LATELY = 0.5
+"""The same, of hits of late."""
+STAYS, LEAST_SHARE = 0.9, 0.1
+"""Hits that the pool must have for the first rule to stay in force: of the reckoning's, and of those
+of its own miniature, or else it holds something else and by this rule would go on to do so."""
+TURN_SHARE, TURN_BITS = 8, 5
+"""Now and then: in one of 32 turns, each of the capacity divided by TURN_SHARE accesses. Which one
+follows no period, for requests may have the same."""
 
 
 class Adaptive(AdmissionFilter):
@@ -51,7 +57,8 @@ class Adaptive(AdmissionFilter):
     sample of the keys, try it and three other rules. While one of those has clearly more hits than
     the reckoning it is in force. One stores everything, one nothing that is new, and one hardly
     anything: where more prompts take turns than the pool can hold, each new one would drive out
-    another shortly before its turn, and a part of them that stays is worth more.
+    another shortly before its turn, and a part of them that stays is worth more. The last is given
+    up as soon as the pool has fewer hits by it than the reckoning would have.
 
     The last block of a request is treated apart: where requests end inside of a block, it does not
     return with the next turn, and is not stored once that was seen.
@@ -66,6 +73,10 @@ class Adaptive(AdmissionFilter):
         """For each rival how many leading blocks are stored at first sight."""
         self._sample = Sample(capacity)
         self._rivals = [Miniature(self._sample.blocks) for _ in self._borders]
+        self._hits = [0.0] * len(LEADS)
+        self._hits_lately = [0.0] * len(LEADS)
+        self._own_hits = self._own_hits_lately = 0.0
+        """Of the pool itself, for keys of the sample."""
         self._in_force = FITTING
         self._new = [0.0] * POSITIONS
         self._again = 0.0
@@ -75,6 +86,7 @@ class Adaptive(AdmissionFilter):
     def hit(self, key: bytes) -> None:
         self._reuse.access(key)
         if key in self._sample:
+            self._own_hits += 1
             self._try(key, AGAIN)
 
     def admit(self, key: bytes, place: Place) -> bool:
@@ -106,7 +118,8 @@ class Adaptive(AdmissionFilter):
     def _stores(self, rule: int, position: int) -> bool:
         """Whether by one of the rules a block is stored that is not there."""
         if position == AGAIN and rule == SELDOM:
-            return self._reuse.now * TURN_SHARE // self.capacity % TURNS == 0
+            turn = int(self._reuse.now * TURN_SHARE // self.capacity)
+            return (turn * SPREAD & COUNT) >> (32 - TURN_BITS) == 0
         return position < self._borders[rule]
 
     def _try(self, key: bytes, position: int) -> None:
@@ -124,18 +137,36 @@ class Adaptive(AdmissionFilter):
         """Reckon anew, and see who is ahead; older counts weigh half at each decision."""
         span = self._reuse.now - self._since
         self._borders[FITTING] = self._fitting(span)
-        hits = [rival.hits for rival in self._rivals]
+        self._count_hits()
+        hits = self._hits
         ahead = [n for n, lead in enumerate(LEADS) if hits[n] > lead * hits[FITTING]]
+        if SELDOM in ahead and not self._seldom_pays():
+            ahead.remove(SELDOM)
         best = max(ahead, key=lambda n: hits[n], default=FITTING)
-        if best != FITTING or hits[FITTING] >= hits[self._in_force]:
+        if best != FITTING or self._in_force == SELDOM or hits[FITTING] >= hits[self._in_force]:
             self._in_force = best
-        for rival in self._rivals:
-            rival.hits *= MEMORY
         self._new = [new / 2 for new in self._new]
         self._again /= 2
         self._last_seen /= 2
         self._last_again /= 2
         self._since = self._reuse.now - span / 2
+
+    def _count_hits(self) -> None:
+        for number, rival in enumerate(self._rivals):
+            self._hits[number] = MEMORY * self._hits[number] + rival.hits
+            self._hits_lately[number] = LATELY * self._hits_lately[number] + rival.hits
+            rival.hits = 0
+        self._own_hits_lately = LATELY * self._own_hits_lately + self._own_hits
+        self._own_hits = 0
+
+    def _seldom_pays(self) -> bool:
+        """Of late, too; and where it is in force, to the pool itself: its miniature may have kept
+        what the pool has not."""
+        lately = self._hits_lately
+        if self._in_force == SELDOM:
+            least = max(STAYS * lately[FITTING], LEAST_SHARE * lately[SELDOM])
+            return self._own_hits_lately > least
+        return lately[SELDOM] > LEADS[SELDOM] * lately[FITTING]
 
     def _fitting(self, span: float) -> int:
         """How many leading blocks the pool can keep, by what came in the last `span` accesses."""

@@ -129,14 +129,38 @@ def test_of_prompts_that_take_turns_the_default_keeps_a_part() -> None:
     assert ours.blocks_written < 0.3 * recent.blocks_written
 
 
+def in_turn(name: str, prompts: int, requests: int) -> list[Request]:
+    """Prompts of 20 blocks, one after the other."""
+    keys = [tuple(f"{name}{n}.{i}".encode() for i in range(20)) for n in range(prompts)]
+    return [Request(keys[n % prompts], 20) for n in range(requests)]
+
+
+@pytest.mark.parametrize(
+    ("then", "least"),
+    [
+        pytest.param(in_turn("same ", 5, 2000), 0.85, id="few of the same"),
+        pytest.param(in_turn("new ", 8, 2000), 0.85, id="few others"),
+        pytest.param(in_turn("new ", 20, 3000), 0.3, id="as many others"),
+    ],
+)
+def test_the_default_keeps_up_when_other_prompts_take_turns(
+    then: list[Request], least: float
+) -> None:
+    """What was kept is given up for what returns now, also where requests have the pool's beat."""
+    before = in_turn("same ", 20, 1000)
+    kept = replay(Trace(before, 1), "lru_freq", 200, "adaptive")
+    assert kept.block_hit_rate > 0.4
+    hits = replay(Trace(before + then, 1), "lru_freq", 200, "adaptive").hit_tokens - kept.hit_tokens
+    assert hits / (20 * len(then)) > least
+
+
 def test_the_default_keeps_up_when_prompts_no_longer_take_turns() -> None:
-    """What was kept of them is given up for what returns now."""
-    took_turns = turns(prompts=40, rounds=12)
-    keys = [tuple(f"new {n}.{i}".encode() for i in range(100)) for n in range(500)]
-    return_once = [Request(prompt, 100) for prompt in keys for _ in range(2)]
-    before = replay(Trace(took_turns), "lru_freq", 2500, "adaptive").hit_tokens
-    after = replay(Trace(took_turns + return_once), "lru_freq", 2500, "adaptive").hit_tokens
-    assert (after - before) / 100 > 0.75 * 500
+    keys = [tuple(f"once {n}.{i}".encode() for i in range(20)) for n in range(1000)]
+    twice = [Request(prompt, 20) for prompt in keys for _ in range(2)]
+    before = in_turn("same ", 20, 1000)
+    kept = replay(Trace(before, 1), "lru_freq", 200, "adaptive").hit_tokens
+    hits = replay(Trace(before + twice, 1), "lru_freq", 200, "adaptive").hit_tokens - kept
+    assert hits / 20 > 0.8 * 1000
 
 
 def test_the_disk_serves_what_the_host_evicted() -> None:

@@ -85,3 +85,18 @@ def test_others_are_left_alone(requests: TrackedRequests) -> None:
     """Such as were finished while they were in a step that vLLM had planned."""
     assert requests.advance(step({"a": (0, [[1], [2]])}, {"b": (0, None)})) == []
     assert requests == {}
+
+
+def test_keys_follow_tokens_that_are_replaced(requests: TrackedRequests) -> None:
+    """As vLLM does where a session goes on: it cuts hashes and appends others."""
+    asked = request("a")
+    asked.block_hashes = [b"1" * 32, b"2" * 32, b"3" * 32]
+    tracked = requests.of(asked)
+    before = tracked.keys(0, 0, 3)
+    assert [key[:32] for key in before] == asked.block_hashes
+    del asked.block_hashes[2:]
+    assert tracked.keys(0, 0, 3) == before[:2]
+    asked.block_hashes += [b"4" * 32, b"5" * 32]
+    assert [key[:32] for key in tracked.keys(0, 0, 9)] == asked.block_hashes
+    asked.block_hashes[1:] = [b"6" * 32, b"7" * 32, b"8" * 32]
+    assert [key[:32] for key in tracked.keys(0, 0, 9)] == asked.block_hashes

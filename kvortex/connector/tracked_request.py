@@ -55,10 +55,17 @@ class TrackedRequest:
         """Of the blocks from `first` up to before `last`, as far as their tokens are known."""
         known = self._keys.setdefault(group, [])
         hashes = self.request.block_hashes
+        if known and not self._is_key(known[-1], len(known) - 1):
+            known.clear()  # tokens were replaced, as in vLLM's sessions
         if len(known) < len(hashes):
             suffix = self.mark + make_block_hash_with_group_id(BlockHash(b""), group)
             known += [block_hash + suffix for block_hash in hashes[len(known) :]]
         return known[first:last]
+
+    def _is_key(self, key: BlockKey, number: int) -> bool:
+        """Whether it is that of a block still; then those of all blocks before it are, too."""
+        hashes = self.request.block_hashes
+        return number < len(hashes) and key.startswith(hashes[number])
 
     def parents(self, group: int, first: int, last: int) -> list[BlockKey | None]:
         """Of the same blocks, the key before each; the first of all has none."""
