@@ -38,8 +38,8 @@ one real one; on others of the same kinds, drawn anew, the loss against the best
 LATELY = 0.5
 """The same, of hits of late."""
 STAYS, LEAST_SHARE = 0.9, 0.1
-"""Hits that the pool must have for the first rule to stay in force: of the reckoning's, and of those
-of its own miniature, or else it holds something else and by this rule would go on to do so."""
+"""Hits that the pool must have for the first rule to stay in force: of the reckoning's, and of its
+own miniature's, or else it holds something else and by this rule would go on to do so."""
 TURN_SHARE, TURN_BITS = 8, 5
 """Now and then: in one of 32 turns, each of the capacity divided by TURN_SHARE accesses. Which one
 follows no period, for requests may have the same."""
