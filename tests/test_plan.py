@@ -141,7 +141,9 @@ def test_the_plan_of_a_known_model(tmp_path: Path, capsys: pytest.CaptureFixture
     assert plan["gpu_tokens"] == 16 * GIB // (128 << 10)
     assert plan["host_tokens"] == 64 * GIB // (128 << 10)
     assert plan["disk_tokens"] == 256 * GIB // (128 << 10)
-    assert plan["effective_times"] == (64 + 256) / 16
+    assert plan["effective_tokens"] == plan["disk_tokens"]  # which has what the host has, too
+    assert plan["effective_times"] == 256 / 16
+    assert plan["notes"] == []
     assert [row["tokens"] for row in plan["restore"]] == [8192, 32768, 131072]
     assert plan["restore"][0]["seconds"] == pytest.approx(8192 * (128 << 10) / 50e9)
     config = KVortexConfig(ram_pool_gb=64, disk_pool_gb=256, disk_path="/mnt/kv")
@@ -166,6 +168,17 @@ def test_a_pool_smaller_than_the_gpus_is_told(
     plan = planned(capsys, written(tmp_path, **LLAMA), "--gpu-memory", "16")
     assert plan["effective_times"] == 1
     assert any("--ram-pool-gb 32 would hold twice as much" in note for note in plan["notes"])
+
+
+def test_a_disk_no_larger_than_host_memory_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ["--gpu-memory", "16", "--ram-pool-gb", "12", "--disk-pool-gb", "12"]
+    plan = planned(capsys, written(tmp_path, **LLAMA), *told)
+    assert plan["effective_times"] == 1
+    pools, disk = plan["notes"]
+    assert "no more than the GPU does" in pools
+    assert "serves after a restart only" in disk
 
 
 def test_a_window_bounds_what_a_sequence_keeps_and_loads(

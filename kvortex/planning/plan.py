@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvortex.config import GIB, slots_in_pool
 from kvortex.core import shown_bytes
 from kvortex.disk.opening import disk_slots_in_pool
+from kvortex.doubts import small_disk
 from kvortex.planning.blocks import block_shape
 
 if TYPE_CHECKING:
@@ -60,8 +61,13 @@ class Plan:
 
     @property
     def effective_tokens(self) -> int:
-        """How many can return without being computed: what is on the GPU is in the host, too."""
-        return max(self.gpu_tokens or 0, self.host_tokens + self.disk_tokens)
+        """How many can return without being computed: a larger tier has what a smaller one has."""
+        return max(self.gpu_tokens or 0, self.pooled_tokens)
+
+    @property
+    def pooled_tokens(self) -> int:
+        """How many return from the pools: the disk holds what memory has as well."""
+        return max(self.host_tokens, self.disk_tokens)
 
     @property
     def windows(self) -> dict[int, int]:
@@ -139,12 +145,14 @@ class Plan:
         if tp > heads:
             kept = "the latent" if self.attention.mla else f"{heads} KV heads"
             notes.append(f"{kept[0].upper()}{kept[1:]} cannot be spread over {tp} GPUs: copies.")
-        if self.gpu_tokens is not None and self.host_tokens + self.disk_tokens <= self.gpu_tokens:
+        if self.gpu_tokens is not None and self.pooled_tokens <= self.gpu_tokens:
             needed = 2 * self.gpu_tokens * self.shape.bytes_per_token * tp / GIB
             notes.append(
                 "The pools hold no more than the GPU does, so hardly anything will come from them; "
                 f"--ram-pool-gb {needed:.3g} would hold twice as much."
             )
+        if (doubt := small_disk(self.config)) is not None:
+            notes.append(doubt)
         return notes
 
     def _about_window(self, window: int, groups: int) -> str:
