@@ -204,6 +204,25 @@ def test_the_text_model_of_a_multimodal_one_counts(tmp_path: Path) -> None:
     assert (found.kv_heads, found.head_elements, found.windows.count(None)) == (4, 512, 4)
 
 
+def test_groups_of_heads_count_as_kv_heads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step3 = {"model_type": "step3_text", "num_hidden_layers": 61, "num_attention_heads": 64}
+    model = written(tmp_path, **step3, num_attention_groups=1, head_dim=256)
+    plan = planned(capsys, model, "--gpu-memory", "1")
+    assert plan["bytes_per_token"] == 61 * 2 * 256 * 2
+    assert plan["notes"] == []
+
+
+def test_it_is_told_where_every_head_is_taken_for_a_kv_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(capsys, written(tmp_path, **LLAMA | {"num_key_value_heads": None}))
+    assert plan["bytes_per_token"] == 4 * (128 << 10)
+    (note,) = plan["notes"]
+    assert "No known key tells its KV heads: each of 32 heads counts as one" in note
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

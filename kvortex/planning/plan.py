@@ -142,6 +142,8 @@ class Plan:
         if chunk is not None:
             notes.append(f"Some layers look at chunks of {chunk} tokens; vLLM keeps all for them.")
         tp, heads = self.shape.num_gpus, self.attention.kv_heads
+        if not self.attention.kv_heads_told:
+            notes.append(f"No known key tells its KV heads: each of {heads} heads counts as one.")
         if tp > heads:
             kept = "the latent" if self.attention.mla else f"{heads} KV heads"
             notes.append(f"{kept[0].upper()}{kept[1:]} cannot be spread over {tp} GPUs: copies.")
