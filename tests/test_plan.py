@@ -214,6 +214,12 @@ def test_groups_of_heads_count_as_kv_heads(
     assert plan["notes"] == []
 
 
+def test_layers_listed_as_attention_are_attention(tmp_path: Path) -> None:
+    """As of MiniMax-M2, whose older siblings list layers of another kind, too."""
+    written(tmp_path, **LLAMA | {"model_type": "minimax_m2", "attn_type_list": [1] * 32})
+    assert attention_of(read_hf_config(tmp_path)).windows == (None,) * 32
+
+
 def test_it_is_told_where_every_head_is_taken_for_a_kv_head(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,6 +305,8 @@ def test_layers_have_windows_where_transformers_gives_them(
     [
         ({"model_type": "mamba2", "state_size": 128}, ["not attention", "stays off"]),
         (LLAMA | {"layer_types": ["linear_attention"] * 32}, ["linear_attention", "stays off"]),
+        (LLAMA | {"attn_type_list": [0] * 7 + [1]}, ["attn_type_list", "stays off"]),
+        (LLAMA | {"attn_type_list": 1}, ["attn_type_list", "stays off"]),
         (LLAMA | {"model_type": "gemma4_text", "global_head_dim": 512}, ["global_head_dim"]),
         (LLAMA | {"kv_lora_rank": 512}, ["latent cache"]),
         (LLAMA | {"architectures": ["BertModel"]}, ["BertModel"]),

@@ -35,7 +35,6 @@ STATES = {
     "layers_block_type",
     "hybrid_override_pattern",
     "attn_layer_period",
-    "attn_type_list",
     "state_size",
     "ssm_cfg",
     "ssm_state_size",
@@ -49,6 +48,8 @@ STATES = {
     "head_size_divisor",
 }
 """Settings of models with layers that keep a state instead of keys and values."""
+ATTENTION = 1
+"""Of a layer in `attn_type_list`; another number is one that keeps a state."""
 STATE_TYPES = ("mamba", "rwkv", "jamba", "recurrent_gemma")
 OTHERWISE = {
     "compress_ratios": "compresses its cache",
@@ -153,6 +154,9 @@ def _refuse_others(config: HFConfig, text: HFConfig) -> None:
     named = [text_of(kind) or shown(kind) for kind in kinds] if isinstance(kinds, list) else []
     states = set(named) - _KINDS.keys()
     keys = sorted(key for key in STATES if text.has(key))
+    types = text.values.get("attn_type_list") or []
+    if not isinstance(types, list) or any(kind != ATTENTION for kind in types):
+        keys.append("attn_type_list")
     if states or keys or any(word in text.model_type for word in STATE_TYPES):
         what = ", ".join(sorted(states) or keys or [text.model_type])
         raise ConfigError(
