@@ -162,6 +162,31 @@ def test_the_table_says_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"vllm serve {model} --kv-transfer-config '{config}'" in shown
 
 
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ([], []),
+        (["--tp", "2"], ["--tensor-parallel-size", "2"]),
+        (["--kv-dtype", "fp8_e5m2"], ["--kv-cache-dtype", "fp8_e5m2"]),
+        (["--kv-dtype", "float32"], ["--dtype", "float32"]),
+        (["--kv-dtype", "auto", "--block-size", "16"], ["--block-size", "16"]),
+    ],
+)
+@pytest.mark.parametrize("named", [".", "config.json"])
+def test_the_command_serves_what_was_planned(
+    told: list[str],
+    words: list[str],
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    written(tmp_path, **LLAMA)
+    assert main(["plan", str(tmp_path / named), *told]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:-2] == ["vllm", "serve", str(tmp_path), *words]
+    assert command[-2] == "--kv-transfer-config"
+
+
 def test_a_pool_smaller_than_the_gpus_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
