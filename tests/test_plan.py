@@ -216,10 +216,23 @@ def test_a_window_bounds_what_a_sequence_keeps_and_loads(
     plan = planned(capsys, written(tmp_path, **settings), "--gpu-memory", "16")
     whole, window = 32768 // 16, 1024 // 16
     assert plan["gpu_tokens"] == plan["gpu_blocks"] // 2 * 16
-    assert plan["gpu_longest_sequence"] == (plan["gpu_blocks"] - window - 1) * 16
+    kept = (1023 + 2 * 8192 + 15) // 16 + 1
+    assert plan["gpu_longest_sequence"] == (plan["gpu_blocks"] - 1 - kept) * 16
     assert plan["groups"] == [{"window": 1024}, {"window": None}]
     assert plan["restore"][1]["bytes_per_gpu"] == (whole + window) * plan["block_bytes_per_gpu"]
     assert any("1024 tokens only" in note and "64 MiB" in note for note in plan["notes"])
+
+
+def test_a_sequence_shorter_than_a_batch_is_kept_whole_in_every_group(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = LLAMA | {
+        "layer_types": ["sliding_attention", "full_attention"] * 16,
+        "sliding_window": 1024,
+    }
+    plan = planned(capsys, written(tmp_path, **settings), "--gpu-memory", "1")
+    assert plan["gpu_blocks"] == 1024
+    assert plan["gpu_longest_sequence"] == (1024 - 2) // 2 * 16  # vLLM's own, and a window's end
 
 
 def test_the_text_model_of_a_multimodal_one_counts(tmp_path: Path) -> None:

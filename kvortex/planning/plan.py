@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 RESTORED = (8 << 10, 32 << 10, 128 << 10)
 """Lengths of prompts whose return is foreseen."""
+BATCH = 8192
+"""Tokens of a batch, as vLLM serves on large GPUs without being told."""
+UNDER_WAY = 2 * BATCH
+"""Tokens for which vLLM keeps room beside a window: it prepares a batch while another runs
+(`SlidingWindowSpec.max_admission_blocks_per_request` in its v1/kv_cache_interface.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +87,20 @@ class Plan:
     @property
     def longest_sequence(self) -> int | None:
         """Tokens of the longest sequence that the GPUs have room for, a window's layers keeping
-        what they reach; None where that is not known, or there is no end to it."""
-        reaches, size = self.shape.reaches, self.shape.block_tokens
-        endless = sum(reach.window is None for reach in reaches)
-        if self.gpu_blocks is None or not endless:
+        what they reach and what is under way; None where that is not known, or there is no end."""
+        reaches, size, blocks = self.shape.reaches, self.shape.block_tokens, self.gpu_blocks
+        if blocks is None or all(reach.window is not None for reach in reaches):
             return None
-        kept = sum(-(-reach.window // size) + 1 for reach in reaches if reach.window is not None)
-        return max(0, self.gpu_blocks - kept) // endless * size
+        kept = [
+            None if reach.window is None else -(-(reach.window - 1 + UNDER_WAY) // size)
+            for reach in reaches
+        ]
+
+        def needed(length: int) -> int:
+            """Blocks; one of vLLM's is never used, and a window may begin within one."""
+            return 1 + sum(length if most is None else min(length, most) + 1 for most in kept)
+
+        return max(0, bisect_right(range(blocks + 1), blocks, key=needed) - 1) * size
 
     def restore_seconds(self, tokens: int) -> float:
         """For a prompt of so many tokens that is in host memory; every GPU loads its own part."""
@@ -136,7 +149,8 @@ class Plan:
         notes = [self._about_window(window, groups) for window, groups in self.windows.items()]
         if notes and self.longest_sequence:
             notes.append(
-                f"So the GPU has room for one sequence of {self.longest_sequence:,} tokens."
+                f"So the GPU has room for one sequence of about {self.longest_sequence:,} tokens, "
+                f"with batches of {BATCH:,}."
             )
         chunk = self.attention.promoted_chunks
         if chunk is not None:
