@@ -195,6 +195,31 @@ def test_a_pool_smaller_than_the_gpus_is_told(
     assert any("--ram-pool-gb 32 would hold twice as much" in note for note in plan["notes"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "memory", "row"),
+    [
+        ({}, 1e-3, ["GPU", "0", "0"]),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"] * 16, "sliding_window": 64},
+            1.5e-3,
+            ["GPU", "1", "0"],
+        ),
+    ],
+)
+def test_gpus_that_hold_no_block_are_told(
+    settings: dict[str, Any],
+    memory: float,
+    row: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", written(tmp_path, **LLAMA | settings), "--gpu-memory", str(memory)]) == 0
+    shown = capsys.readouterr().out
+    assert row in [line.split() for line in shown.splitlines()]
+    assert "--gpu-memory holds no block" in shown
+    assert "for comparison" not in shown
+
+
 def test_a_disk_no_larger_than_host_memory_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,6 +275,18 @@ def test_groups_of_heads_count_as_kv_heads(
     plan = planned(capsys, model, "--gpu-memory", "1")
     assert plan["bytes_per_token"] == 61 * 2 * 256 * 2
     assert plan["notes"] == []
+
+
+@pytest.mark.parametrize(
+    "windows", [(64, 64, 64, None, 64, 64, 64, None), (64, 64, 64, None, 64, None)]
+)
+def test_a_pattern_of_letters_is_read_as_its_vendor_does(
+    windows: tuple[int | None, ...], tmp_path: Path
+) -> None:
+    """Of EXAONE 4: every so-many-th layer looks at everything, and the last one."""
+    letters = {"model_type": "exaone4", "sliding_window": 64, "sliding_window_pattern": "LLLG"}
+    written(tmp_path, **LLAMA | letters | {"num_hidden_layers": len(windows)})
+    assert attention_of(read_hf_config(tmp_path)).windows == windows
 
 
 def test_layers_listed_as_attention_are_attention(tmp_path: Path) -> None:
@@ -352,6 +389,10 @@ def test_layers_have_windows_where_transformers_gives_them(
         ({}, ["num_attention_heads", "no model_type"]),
         (LLAMA | {"num_hidden_layers": 10**9}, ["num_hidden_layers=1000000000"]),
         (LLAMA | {"num_hidden_layers": 10**5}, ["100000 layers"]),
+        (
+            LLAMA | {"sliding_window": 64, "sliding_window_pattern": "LX"},
+            ["sliding_window_pattern='LX'"],
+        ),
         (LLAMA | {"num_key_value_heads": 0.5}, ["num_key_value_heads=0.5"]),
         (LLAMA | {"num_key_value_heads": -1}, ["num_key_value_heads=-1"]),
         (LLAMA | {"num_key_value_heads": 7}, ["7 KV heads"]),

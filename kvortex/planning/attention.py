@@ -208,6 +208,10 @@ def _through_window(text: HFConfig, layers: int) -> list[bool]:
         if len(kinds) < layers:
             raise ConfigError(f"{text.name}: layer_types names {len(kinds)} of {layers} layers")
         return [_KINDS[kind] for kind in kinds[:layers]]
+    written = text_of(text.values.get("sliding_window_pattern"))
+    if written and set(written) <= {"L", "G"}:  # EXAONE 4's local and global; the last is global
+        last = layers - 1
+        return [layer != last and written[layer % len(written)] == "L" for layer in range(layers)]
     pattern = text.number("sliding_window_pattern", "_sliding_window_pattern")
     period = pattern or PATTERNS.get(text.model_type)
     if period is not None:

@@ -229,7 +229,7 @@ def table(plan: Plan) -> str:
                 ("host", plan.host_blocks),
                 ("disk", plan.disk_blocks),
             )
-            if blocks
+            if blocks or (tier == "GPU" and blocks is not None)
         ),
         *_effect(plan),
         "",
@@ -244,8 +244,11 @@ def table(plan: Plan) -> str:
 
 
 def _effect(plan: Plan) -> list[str]:
-    if not plan.gpu_tokens:
+    if plan.gpu_tokens is None:
         return ["(--gpu-memory tells what the GPU holds, for comparison)"]
+    if not plan.gpu_tokens:
+        each = " of each group of layers" if plan.gpu_blocks else ""
+        return [f"(--gpu-memory holds no block{each}: vLLM cannot serve from it)"]
     times = plan.effective_tokens / plan.gpu_tokens
     return [f"context that can return: {plan.effective_tokens:,} tokens, {times:.3g} x the GPU's"]
 
