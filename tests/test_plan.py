@@ -141,7 +141,9 @@ def test_the_plan_of_a_known_model(tmp_path: Path, capsys: pytest.CaptureFixture
     assert plan["gpu_tokens"] == 16 * GIB // (128 << 10)
     assert plan["host_tokens"] == 64 * GIB // (128 << 10)
     assert plan["disk_tokens"] == 256 * GIB // (128 << 10)
-    assert plan["effective_times"] == (64 + 256) / 16
+    assert plan["effective_tokens"] == plan["disk_tokens"]  # which has what the host has, too
+    assert plan["effective_times"] == 256 / 16
+    assert plan["notes"] == []
     assert [row["tokens"] for row in plan["restore"]] == [8192, 32768, 131072]
     assert plan["restore"][0]["seconds"] == pytest.approx(8192 * (128 << 10) / 50e9)
     config = KVortexConfig(ram_pool_gb=64, disk_pool_gb=256, disk_path="/mnt/kv")
@@ -160,12 +162,73 @@ def test_the_table_says_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"vllm serve {model} --kv-transfer-config '{config}'" in shown
 
 
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ([], []),
+        (["--tp", "2"], ["--tensor-parallel-size", "2"]),
+        (["--kv-dtype", "fp8_e5m2"], ["--kv-cache-dtype", "fp8_e5m2"]),
+        (["--kv-dtype", "float32"], ["--dtype", "float32"]),
+        (["--kv-dtype", "auto", "--block-size", "16"], ["--block-size", "16"]),
+    ],
+)
+@pytest.mark.parametrize("named", [".", "config.json"])
+def test_the_command_serves_what_was_planned(
+    told: list[str],
+    words: list[str],
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    written(tmp_path, **LLAMA)
+    assert main(["plan", str(tmp_path / named), *told]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:-2] == ["vllm", "serve", str(tmp_path), *words]
+    assert command[-2] == "--kv-transfer-config"
+
+
 def test_a_pool_smaller_than_the_gpus_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = planned(capsys, written(tmp_path, **LLAMA), "--gpu-memory", "16")
     assert plan["effective_times"] == 1
     assert any("--ram-pool-gb 32 would hold twice as much" in note for note in plan["notes"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory", "row"),
+    [
+        ({}, 1e-3, ["GPU", "0", "0"]),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"] * 16, "sliding_window": 64},
+            1.5e-3,
+            ["GPU", "1", "0"],
+        ),
+    ],
+)
+def test_gpus_that_hold_no_block_are_told(
+    settings: dict[str, Any],
+    memory: float,
+    row: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", written(tmp_path, **LLAMA | settings), "--gpu-memory", str(memory)]) == 0
+    shown = capsys.readouterr().out
+    assert row in [line.split() for line in shown.splitlines()]
+    assert "--gpu-memory holds no block" in shown
+    assert "for comparison" not in shown
+
+
+def test_a_disk_no_larger_than_host_memory_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ["--gpu-memory", "16", "--ram-pool-gb", "12", "--disk-pool-gb", "12"]
+    plan = planned(capsys, written(tmp_path, **LLAMA), *told)
+    assert plan["effective_times"] == 1
+    pools, disk = plan["notes"]
+    assert "no more than the GPU does" in pools
+    assert "serves after a restart only" in disk
 
 
 def test_a_window_bounds_what_a_sequence_keeps_and_loads(
@@ -178,10 +241,23 @@ def test_a_window_bounds_what_a_sequence_keeps_and_loads(
     plan = planned(capsys, written(tmp_path, **settings), "--gpu-memory", "16")
     whole, window = 32768 // 16, 1024 // 16
     assert plan["gpu_tokens"] == plan["gpu_blocks"] // 2 * 16
-    assert plan["gpu_longest_sequence"] == (plan["gpu_blocks"] - window - 1) * 16
+    kept = (1023 + 2 * 8192 + 15) // 16 + 1
+    assert plan["gpu_longest_sequence"] == (plan["gpu_blocks"] - 1 - kept) * 16
     assert plan["groups"] == [{"window": 1024}, {"window": None}]
     assert plan["restore"][1]["bytes_per_gpu"] == (whole + window) * plan["block_bytes_per_gpu"]
     assert any("1024 tokens only" in note and "64 MiB" in note for note in plan["notes"])
+
+
+def test_a_sequence_shorter_than_a_batch_is_kept_whole_in_every_group(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = LLAMA | {
+        "layer_types": ["sliding_attention", "full_attention"] * 16,
+        "sliding_window": 1024,
+    }
+    plan = planned(capsys, written(tmp_path, **settings), "--gpu-memory", "1")
+    assert plan["gpu_blocks"] == 1024
+    assert plan["gpu_longest_sequence"] == (1024 - 2) // 2 * 16  # vLLM's own, and a window's end
 
 
 def test_the_text_model_of_a_multimodal_one_counts(tmp_path: Path) -> None:
@@ -189,6 +265,43 @@ def test_the_text_model_of_a_multimodal_one_counts(tmp_path: Path) -> None:
     written(tmp_path, **nested)
     found = attention_of(read_hf_config(tmp_path))
     assert (found.kv_heads, found.head_elements, found.windows.count(None)) == (4, 512, 4)
+
+
+def test_groups_of_heads_count_as_kv_heads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step3 = {"model_type": "step3_text", "num_hidden_layers": 61, "num_attention_heads": 64}
+    model = written(tmp_path, **step3, num_attention_groups=1, head_dim=256)
+    plan = planned(capsys, model, "--gpu-memory", "1")
+    assert plan["bytes_per_token"] == 61 * 2 * 256 * 2
+    assert plan["notes"] == []
+
+
+@pytest.mark.parametrize(
+    "windows", [(64, 64, 64, None, 64, 64, 64, None), (64, 64, 64, None, 64, None)]
+)
+def test_a_pattern_of_letters_is_read_as_its_vendor_does(
+    windows: tuple[int | None, ...], tmp_path: Path
+) -> None:
+    """Of EXAONE 4: every so-many-th layer looks at everything, and the last one."""
+    letters = {"model_type": "exaone4", "sliding_window": 64, "sliding_window_pattern": "LLLG"}
+    written(tmp_path, **LLAMA | letters | {"num_hidden_layers": len(windows)})
+    assert attention_of(read_hf_config(tmp_path)).windows == windows
+
+
+def test_layers_listed_as_attention_are_attention(tmp_path: Path) -> None:
+    """As of MiniMax-M2, whose older siblings list layers of another kind, too."""
+    written(tmp_path, **LLAMA | {"model_type": "minimax_m2", "attn_type_list": [1] * 32})
+    assert attention_of(read_hf_config(tmp_path)).windows == (None,) * 32
+
+
+def test_it_is_told_where_every_head_is_taken_for_a_kv_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(capsys, written(tmp_path, **LLAMA | {"num_key_value_heads": None}))
+    assert plan["bytes_per_token"] == 4 * (128 << 10)
+    (note,) = plan["notes"]
+    assert "No known key tells its KV heads: each of 32 heads counts as one" in note
 
 
 @pytest.mark.parametrize(
@@ -267,6 +380,8 @@ def test_layers_have_windows_where_transformers_gives_them(
     [
         ({"model_type": "mamba2", "state_size": 128}, ["not attention", "stays off"]),
         (LLAMA | {"layer_types": ["linear_attention"] * 32}, ["linear_attention", "stays off"]),
+        (LLAMA | {"attn_type_list": [0] * 7 + [1]}, ["attn_type_list", "stays off"]),
+        (LLAMA | {"attn_type_list": 1}, ["attn_type_list", "stays off"]),
         (LLAMA | {"model_type": "gemma4_text", "global_head_dim": 512}, ["global_head_dim"]),
         (LLAMA | {"kv_lora_rank": 512}, ["latent cache"]),
         (LLAMA | {"architectures": ["BertModel"]}, ["BertModel"]),
@@ -274,6 +389,10 @@ def test_layers_have_windows_where_transformers_gives_them(
         ({}, ["num_attention_heads", "no model_type"]),
         (LLAMA | {"num_hidden_layers": 10**9}, ["num_hidden_layers=1000000000"]),
         (LLAMA | {"num_hidden_layers": 10**5}, ["100000 layers"]),
+        (
+            LLAMA | {"sliding_window": 64, "sliding_window_pattern": "LX"},
+            ["sliding_window_pattern='LX'"],
+        ),
         (LLAMA | {"num_key_value_heads": 0.5}, ["num_key_value_heads=0.5"]),
         (LLAMA | {"num_key_value_heads": -1}, ["num_key_value_heads=-1"]),
         (LLAMA | {"num_key_value_heads": 7}, ["7 KV heads"]),

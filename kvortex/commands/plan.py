@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ASSUMED = Link(25.0, "assumed, as of PCIe 4 x16; `kvortex tune` measures it, --link-gb-s tells it")
 DISK_PATH = "/var/tmp/kvortex"
+BLOCK_TOKENS = 16
 MOST_GPUS = 1024
 MOST_BLOCK_TOKENS = 1 << 16
 MOST = 1 << 20
@@ -43,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     plan.add_argument("--ram-pool-gb", default=8.0, metavar="GB", help="host RAM (default: 8)")
     plan.add_argument("--disk-pool-gb", metavar="GB", help="of a local drive (default: none)")
     plan.add_argument("--disk-path", metavar="PATH", help=f"where (default: {DISK_PATH})")
-    plan.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs of tensor parallelism")
+    plan.add_argument("--tp", type=int, metavar="N", help="GPUs of tensor parallelism (default: 1)")
     plan.add_argument(
         "--kv-dtype",
         default="auto",
@@ -53,9 +54,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     plan.add_argument(
         "--block-size",
         type=int,
-        default=16,
         metavar="N",
-        help="tokens of vLLM's blocks (default: 16)",
+        help=f"tokens of vLLM's blocks (default: {BLOCK_TOKENS})",
     )
     plan.add_argument(
         "--link-gb-s",
@@ -81,16 +81,29 @@ def run(arguments: argparse.Namespace) -> int:
         _config(arguments),
         _link(arguments.link_gb_s),
         gpu_memory_gib=arguments.gpu_memory,
-        tensor_parallel=arguments.tp,
-        block_tokens=arguments.block_size,
+        tensor_parallel=arguments.tp or 1,
+        block_tokens=arguments.block_size or BLOCK_TOKENS,
     )
     if arguments.json:
         print(json.dumps(plan.as_dict()))
     else:
-        settings = json.dumps(plan.config.kv_transfer_config())
-        words = ("vllm", "serve", str(model), "--kv-transfer-config", settings)
-        print(f"{table(plan)}\n\n{shlex.join(words)}")
+        print(f"{table(plan)}\n\n{shlex.join(_command(arguments, plan.config))}")
     return outcome.OK
+
+
+def _command(arguments: argparse.Namespace, config: KVortexConfig) -> list[str]:
+    """What serves as planned: vLLM is told of GPUs and blocks what the plan was told."""
+    model: Path = arguments.model
+    words = ["vllm", "serve", str(model if model.is_dir() else model.parent)]
+    if arguments.tp is not None:
+        words += ["--tensor-parallel-size", str(arguments.tp)]
+    if arguments.kv_dtype == "float32":  # which vLLM keeps of a model in it alone
+        words += ["--dtype", "float32"]
+    elif arguments.kv_dtype != "auto":
+        words += ["--kv-cache-dtype", arguments.kv_dtype]
+    if arguments.block_size is not None:
+        words += ["--block-size", str(arguments.block_size)]
+    return [*words, "--kv-transfer-config", json.dumps(config.kv_transfer_config())]
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -35,7 +35,6 @@ STATES = {
     "layers_block_type",
     "hybrid_override_pattern",
     "attn_layer_period",
-    "attn_type_list",
     "state_size",
     "ssm_cfg",
     "ssm_state_size",
@@ -49,6 +48,8 @@ STATES = {
     "head_size_divisor",
 }
 """Settings of models with layers that keep a state instead of keys and values."""
+ATTENTION = 1
+"""Of a layer in `attn_type_list`; another number is one that keeps a state."""
 STATE_TYPES = ("mamba", "rwkv", "jamba", "recurrent_gemma")
 OTHERWISE = {
     "compress_ratios": "compresses its cache",
@@ -85,6 +86,8 @@ class Attention:
     """Of the elements."""
     promoted_chunks: int | None = None
     """Tokens of chunked local attention: vLLM keeps its layers like those that look at all."""
+    kv_heads_told: bool = True
+    """By the configuration; where not, every head counts as one."""
 
     def bytes_per_token(self, tensor_parallel: int) -> int:
         """Of one layer on one GPU; heads are spread, and repeated where there are too few.
@@ -123,15 +126,17 @@ def attention_of(config: HFConfig, kv_dtype: str = "auto") -> Attention:
     mla = text.has("kv_lora_rank")
     if mla and text.model_type not in MLA_TYPES:
         raise _unknown(text, "has a latent cache that vLLM may expand")
+    kv_heads = 1 if mla else _kv_heads(text, heads)
     return Attention(
         architecture=architecture,
         windows=_windows(text),
-        kv_heads=1 if mla else _kv_heads(text, heads),
+        kv_heads=kv_heads or heads,
         head_elements=_latent(text) if mla else 2 * _head_size(text, heads),
         query_heads=heads,
         mla=mla,
         dtype=_dtype(config, text) if kv_dtype == "auto" else kv_dtype,
         promoted_chunks=text.number("attention_chunk_size"),
+        kv_heads_told=kv_heads is not None,
     )
 
 
@@ -149,6 +154,9 @@ def _refuse_others(config: HFConfig, text: HFConfig) -> None:
     named = [text_of(kind) or shown(kind) for kind in kinds] if isinstance(kinds, list) else []
     states = set(named) - _KINDS.keys()
     keys = sorted(key for key in STATES if text.has(key))
+    types = text.values.get("attn_type_list") or []
+    if not isinstance(types, list) or any(kind != ATTENTION for kind in types):
+        keys.append("attn_type_list")
     if states or keys or any(word in text.model_type for word in STATE_TYPES):
         what = ", ".join(sorted(states) or keys or [text.model_type])
         raise ConfigError(
@@ -200,6 +208,10 @@ def _through_window(text: HFConfig, layers: int) -> list[bool]:
         if len(kinds) < layers:
             raise ConfigError(f"{text.name}: layer_types names {len(kinds)} of {layers} layers")
         return [_KINDS[kind] for kind in kinds[:layers]]
+    written = text_of(text.values.get("sliding_window_pattern"))
+    if written and set(written) <= {"L", "G"}:  # EXAONE 4's local and global; the last is global
+        last = layers - 1
+        return [layer != last and written[layer % len(written)] == "L" for layer in range(layers)]
     pattern = text.number("sliding_window_pattern", "_sliding_window_pattern")
     period = pattern or PATTERNS.get(text.model_type)
     if period is not None:
@@ -211,21 +223,25 @@ def _through_window(text: HFConfig, layers: int) -> list[bool]:
     return [True] * layers
 
 
-def _kv_heads(text: HFConfig, heads: int) -> int:
+def _kv_heads(text: HFConfig, heads: int) -> int | None:
+    """By the names that vLLM knows; None where it is told by none of them."""
     one = text.has("multi_query") and not text.has("new_decoder_architecture")
     if one:
         return 1
     inner: Any = text.values.get("attn_config")
     told = HFConfig(inner, text.name).number("kv_n_heads") if isinstance(inner, dict) else None
     told = told or text.number(
-        "n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num"
+        "n_head_kv",
+        "num_kv_heads",
+        "num_key_value_heads",
+        "multi_query_group_num",
+        "num_attention_groups",
     )
-    kv_heads = told or heads
-    if heads % kv_heads:
+    if told is not None and heads % told:
         raise ConfigError(
-            f"{text.name}: {heads} attention heads cannot share {kv_heads} KV heads evenly"
+            f"{text.name}: {heads} attention heads cannot share {told} KV heads evenly"
         )
-    return kv_heads
+    return told
 
 
 def _head_size(text: HFConfig, heads: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvortex.config import GIB, slots_in_pool
 from kvortex.core import shown_bytes
 from kvortex.disk.opening import disk_slots_in_pool
+from kvortex.doubts import small_disk
 from kvortex.planning.blocks import block_shape
 
 if TYPE_CHECKING:
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
 
 RESTORED = (8 << 10, 32 << 10, 128 << 10)
 """Lengths of prompts whose return is foreseen."""
+BATCH = 8192
+"""Tokens of a batch, as vLLM serves on large GPUs without being told."""
+UNDER_WAY = 2 * BATCH
+"""Tokens for which vLLM keeps room beside a window: it prepares a batch while another runs
+(`SlidingWindowSpec.max_admission_blocks_per_request` in its v1/kv_cache_interface.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +67,13 @@ class Plan:
 
     @property
     def effective_tokens(self) -> int:
-        """How many can return without being computed: what is on the GPU is in the host, too."""
-        return max(self.gpu_tokens or 0, self.host_tokens + self.disk_tokens)
+        """How many can return without being computed: a larger tier has what a smaller one has."""
+        return max(self.gpu_tokens or 0, self.pooled_tokens)
+
+    @property
+    def pooled_tokens(self) -> int:
+        """How many return from the pools: the disk holds what memory has as well."""
+        return max(self.host_tokens, self.disk_tokens)
 
     @property
     def windows(self) -> dict[int, int]:
@@ -75,13 +87,20 @@ class Plan:
     @property
     def longest_sequence(self) -> int | None:
         """Tokens of the longest sequence that the GPUs have room for, a window's layers keeping
-        what they reach; None where that is not known, or there is no end to it."""
-        reaches, size = self.shape.reaches, self.shape.block_tokens
-        endless = sum(reach.window is None for reach in reaches)
-        if self.gpu_blocks is None or not endless:
+        what they reach and what is under way; None where that is not known, or there is no end."""
+        reaches, size, blocks = self.shape.reaches, self.shape.block_tokens, self.gpu_blocks
+        if blocks is None or all(reach.window is not None for reach in reaches):
             return None
-        kept = sum(-(-reach.window // size) + 1 for reach in reaches if reach.window is not None)
-        return max(0, self.gpu_blocks - kept) // endless * size
+        kept = [
+            None if reach.window is None else -(-(reach.window - 1 + UNDER_WAY) // size)
+            for reach in reaches
+        ]
+
+        def needed(length: int) -> int:
+            """Blocks; one of vLLM's is never used, and a window may begin within one."""
+            return 1 + sum(length if most is None else min(length, most) + 1 for most in kept)
+
+        return max(0, bisect_right(range(blocks + 1), blocks, key=needed) - 1) * size
 
     def restore_seconds(self, tokens: int) -> float:
         """For a prompt of so many tokens that is in host memory; every GPU loads its own part."""
@@ -130,21 +149,26 @@ class Plan:
         notes = [self._about_window(window, groups) for window, groups in self.windows.items()]
         if notes and self.longest_sequence:
             notes.append(
-                f"So the GPU has room for one sequence of {self.longest_sequence:,} tokens."
+                f"So the GPU has room for one sequence of about {self.longest_sequence:,} tokens, "
+                f"with batches of {BATCH:,}."
             )
         chunk = self.attention.promoted_chunks
         if chunk is not None:
             notes.append(f"Some layers look at chunks of {chunk} tokens; vLLM keeps all for them.")
         tp, heads = self.shape.num_gpus, self.attention.kv_heads
+        if not self.attention.kv_heads_told:
+            notes.append(f"No known key tells its KV heads: each of {heads} heads counts as one.")
         if tp > heads:
             kept = "the latent" if self.attention.mla else f"{heads} KV heads"
             notes.append(f"{kept[0].upper()}{kept[1:]} cannot be spread over {tp} GPUs: copies.")
-        if self.gpu_tokens is not None and self.host_tokens + self.disk_tokens <= self.gpu_tokens:
+        if self.gpu_tokens is not None and self.pooled_tokens <= self.gpu_tokens:
             needed = 2 * self.gpu_tokens * self.shape.bytes_per_token * tp / GIB
             notes.append(
                 "The pools hold no more than the GPU does, so hardly anything will come from them; "
                 f"--ram-pool-gb {needed:.3g} would hold twice as much."
             )
+        if (doubt := small_disk(self.config)) is not None:
+            notes.append(doubt)
         return notes
 
     def _about_window(self, window: int, groups: int) -> str:
@@ -205,7 +229,7 @@ def table(plan: Plan) -> str:
                 ("host", plan.host_blocks),
                 ("disk", plan.disk_blocks),
             )
-            if blocks
+            if blocks or (tier == "GPU" and blocks is not None)
         ),
         *_effect(plan),
         "",
@@ -220,8 +244,11 @@ def table(plan: Plan) -> str:
 
 
 def _effect(plan: Plan) -> list[str]:
-    if not plan.gpu_tokens:
+    if plan.gpu_tokens is None:
         return ["(--gpu-memory tells what the GPU holds, for comparison)"]
+    if not plan.gpu_tokens:
+        each = " of each group of layers" if plan.gpu_blocks else ""
+        return [f"(--gpu-memory holds no block{each}: vLLM cannot serve from it)"]
     times = plan.effective_tokens / plan.gpu_tokens
     return [f"context that can return: {plan.effective_tokens:,} tokens, {times:.3g} x the GPU's"]
 
