@@ -24,6 +24,8 @@ LABEL = re.compile(r'\b(\w++)="((?:[^"\\]++|\\.)*+)"')
 SMALLEST, LARGEST = 1e-100, 1e100
 """No metric is beyond; within, sums and quotients stay finite."""
 MOST_BYTES = 64 << 20
+STARTED = "process_start_time_seconds"
+"""Of the server's process; one that has several tells none."""
 
 
 class ScrapeError(KVortexError, RuntimeError):
@@ -54,14 +56,9 @@ class Scrape:
     def since(self, before: Scrape) -> Scrape:
         """What was added to totals since an earlier one; all else as it is now.
 
-        If a total fell, the server was started anew in between, and began at 0.
+        If the server was started anew in between, it began at 0.
         """
-        anew = any(
-            value < before.samples.get(name, {}).get(labels, 0)
-            for name, values in self._totals()
-            for labels, value in values.items()
-        )
-        if anew:
+        if self._began_after(before):
             return self
         samples = dict(self.samples)
         for name, values in self._totals():
@@ -87,6 +84,17 @@ class Scrape:
             value / divisors[labels]
             for labels, value in self.samples.get(above, {}).items()
             if divisors.get(labels)
+        )
+
+    def _began_after(self, before: Scrape) -> bool:
+        """By the time of its start, if it tells that; or, as totals only grow, if one fell."""
+        started, earlier = self.samples.get(STARTED), before.samples.get(STARTED)
+        if started and earlier and started != earlier:
+            return True
+        return any(
+            value < before.samples.get(name, {}).get(labels, 0)
+            for name, values in self._totals()
+            for labels, value in values.items()
         )
 
     def _totals(self) -> Iterable[tuple[str, Mapping[Labels, float]]]:

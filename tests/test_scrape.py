@@ -124,6 +124,14 @@ def test_a_server_that_was_started_anew_began_at_nothing() -> None:
     assert now.since(before).samples == now.samples
 
 
+def test_a_server_that_was_started_anew_may_be_busier_already() -> None:
+    before = Scrape.of("a_total 5\nprocess_start_time_seconds 1.7e9", 0)
+    now = Scrape.of("a_total 9\nprocess_start_time_seconds 1.70000001e9", 2)
+    assert now.since(before).samples == now.samples
+    same = Scrape.of("a_total 9\nprocess_start_time_seconds 1.7e9", 2)
+    assert same.since(before).total("a_total") == 4
+
+
 @pytest.mark.parametrize("url", ["host:8000", "http://host:8000/", "http://host:8000/metrics"])
 def test_an_address_may_be_short(url: str) -> None:
     assert metrics_url(url) == "http://host:8000/metrics"
