@@ -42,12 +42,13 @@ def _summary(report: Report) -> Iterator[str]:
         for source, each in times.items()
         if source in {HOST, DISK} and each.share >= ENOUGH
     }
+    if not hits:
+        return
     # What the user has today is vLLM alone: what KVortex adds to computing is no part of a gain.
     alone = _by_source(report, NONE, longest) if NONE in report.measured else {}
     before = alone.get(COLD, times[COLD]).median_s
     gains = [f"{before / after:.1f} times as soon from {tier}" for tier, after in hits.items()]
-    if gains:
-        yield f"A prompt of {longest:,} tokens that returns begins {', '.join(gains)}."
+    yield f"A prompt of {longest:,} tokens that returns begins {', '.join(gains)}."
     # A server, though, compares with what it computes itself.
     slower = [tier for tier, after in hits.items() if after > times[COLD].median_s]
     if slower and report.plan.config.load == "auto":
