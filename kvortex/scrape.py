@@ -8,13 +8,15 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Self
 
 from kvortex.core import ConfigError, KVortexError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 Labels = frozenset[tuple[str, str]]
 # A server may send anything: repetitions are possessive, so that no line takes longer than others.
@@ -24,6 +26,9 @@ LABEL = re.compile(r'\b(\w++)="((?:[^"\\]++|\\.)*+)"')
 SMALLEST, LARGEST = 1e-100, 1e100
 """No metric is beyond; within, sums and quotients stay finite."""
 MOST_BYTES = 64 << 20
+WANT_KEY = {401, 403}
+STARTED = "process_start_time_seconds"
+"""Of the server's process; one that has several tells none."""
 
 
 class ScrapeError(KVortexError, RuntimeError):
@@ -54,14 +59,9 @@ class Scrape:
     def since(self, before: Scrape) -> Scrape:
         """What was added to totals since an earlier one; all else as it is now.
 
-        If a total fell, the server was started anew in between, and began at 0.
+        If the server was started anew in between, it began at 0.
         """
-        anew = any(
-            value < before.samples.get(name, {}).get(labels, 0)
-            for name, values in self._totals()
-            for labels, value in values.items()
-        )
-        if anew:
+        if self._began_after(before):
             return self
         samples = dict(self.samples)
         for name, values in self._totals():
@@ -89,6 +89,17 @@ class Scrape:
             if divisors.get(labels)
         )
 
+    def _began_after(self, before: Scrape) -> bool:
+        """By the time of its start, if it tells that; or, as totals only grow, if one fell."""
+        started, earlier = self.samples.get(STARTED), before.samples.get(STARTED)
+        if started and earlier and started != earlier:
+            return True
+        return any(
+            value < before.samples.get(name, {}).get(labels, 0)
+            for name, values in self._totals()
+            for labels, value in values.items()
+        )
+
     def _totals(self) -> Iterable[tuple[str, Mapping[Labels, float]]]:
         return [item for item in self.samples.items() if item[0].endswith("_total")]
 
@@ -98,7 +109,7 @@ def scrape(url: str, timeout_s: float = 10) -> Scrape:
 
     Args:
         url: of the server, or of its /metrics; http:// may be left out.
-        timeout_s: how long it may say nothing.
+        timeout_s: how long the whole answer may take.
 
     Raises:
         ConfigError: a URL that cannot be a server's.
@@ -106,10 +117,13 @@ def scrape(url: str, timeout_s: float = 10) -> Scrape:
     """
     where = metrics_url(url)
     try:
-        with urllib.request.urlopen(where, timeout=timeout_s) as response:
-            text = response.read(MOST_BYTES).decode("utf-8", "replace")
+        text = _within(timeout_s, lambda: _read(where, timeout_s)).decode("utf-8", "replace")
     except urllib.error.HTTPError as error:
-        raise ScrapeError(f"{where} answers {error.code}: that is not vLLM's /metrics") from None
+        error.close()
+        what = "it wants a key" if error.code in WANT_KEY else "that is not vLLM's /metrics"
+        raise ScrapeError(f"{where} answers {error.code}: {what}") from None
+    except IncompleteRead:
+        raise ScrapeError(f"{where}: the answer was cut off") from None
     except (OSError, HTTPException, ValueError) as error:
         why = getattr(error, "reason", None) or error
         raise ScrapeError(f"no answer from {where}: {why}; is a server up there?") from None
@@ -122,6 +136,38 @@ def scrape(url: str, timeout_s: float = 10) -> Scrape:
             '"$(kvortex config)"'
         )
     return result
+
+
+def _read(where: str, timeout_s: float) -> bytes:
+    with urllib.request.urlopen(where, timeout=timeout_s) as response:
+        body: bytes = response.read(MOST_BYTES)
+        if response.length and len(body) < MOST_BYTES:  # http.client lets that pass
+            raise IncompleteRead(body, response.length)
+    return body
+
+
+def _within(timeout_s: float, ask: Callable[[], bytes]) -> bytes:
+    """What it returns or raises, or TimeoutError.
+
+    A socket's own timeout begins anew with every byte, in headers as well. So a thread asks, and is
+    left to itself if it is late: it keeps no process from ending.
+    """
+    answers: SimpleQueue[bytes | Exception] = SimpleQueue()
+
+    def put() -> None:
+        try:
+            answers.put(ask())
+        except Exception as error:  # noqa: BLE001  (it is raised by who asked)
+            answers.put(error)
+
+    Thread(target=put, name="kvortex-scrape", daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout_s)
+    except Empty:
+        raise TimeoutError(f"not all of it came within {timeout_s:g} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def metrics_url(url: str) -> str:

@@ -58,6 +58,9 @@ class View:
         ):
             if ranks:
                 yield f"{what} DISK IS OFF on {ranks:.0f} rank(s): the drive fails (see the log)"
+        # Here, as they are neither "per second" nor "since start", the headings of all below.
+        yield from _use("host slots in use", state.resident_slots, state.slots)
+        yield from _use("disk slots in use", state.disk_resident_slots, state.disk_slots)
 
     def _tokens(self) -> Iterator[str]:
         yield HEADING.format("PROMPT TOKENS", "per second", "since start", "   share")
@@ -73,8 +76,6 @@ class View:
     def _tiers(self) -> Iterator[str]:
         state = self.state
         yield HEADING.format("TIERS AND LINKS", "per second", "since start", "   measured")
-        yield from _use("host slots in use", state.resident_slots, state.slots)
-        yield from _use("disk slots in use", state.disk_resident_slots, state.disk_slots)
         out, back, disk = (
             f"   {short(speed, 'B/s')}" if speed else ""
             for speed in (

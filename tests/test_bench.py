@@ -95,6 +95,14 @@ def test_figures_that_may_be_believed() -> None:
     assert printed["ways"]["kvortex"]["conversations"]["cached_share"] == 0.8
 
 
+def test_a_gain_is_over_vllm_alone_where_that_was_measured() -> None:
+    """Else a KVortex that made computing slower would boast of it."""
+    told = report(whole(lambda each: replace(each, seconds=0.3) if each.source == COLD else each))
+    assert "begins 5.0 times as soon from host" in table(told)
+    unpaired = replace(told, measured={KVORTEX: told.measured[KVORTEX]})
+    assert "begins 15.0 times as soon from host" in table(unpaired)
+
+
 def test_a_tier_that_is_slower_than_computing_is_told() -> None:
     slow = whole(lambda each: replace(each, seconds=0.2) if each.source == DISK else each)
     assert table(report(slow)).endswith(

@@ -330,6 +330,7 @@ def test_inspect_and_verify_and_clear(
     }
     assert main(["disk", "verify", "--json", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out) == {
+        "caches": 1,
         "good": 2,
         "corrupt": 0,
         "not_verifiable": 0,
@@ -479,6 +480,17 @@ def test_clear_asks(tmp_path: Path) -> None:
         assert "remove 2 blocks" in done.stderr
         assert done.returncode == code
         assert folder_of(tmp_path).exists() == bool(code)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "clear"])
+def test_where_no_cache_is_every_command_says_so(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also `verify`: "0 blocks are good" would be taken for a verdict, of a path mistyped."""
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert main(["disk", command, str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == (f"no caches in {tmp_path}\n", "")
 
 
 def test_clear_asks_nothing_where_nothing_is_and_leaves_no_trace(

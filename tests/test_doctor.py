@@ -15,7 +15,7 @@ import torch
 
 from kvortex.cli import main
 from kvortex.config import GIB
-from kvortex.doctor import drive, memory, versions
+from kvortex.doctor import drive, gpu, memory, versions
 from kvortex.doctor.checkup import checks, run, table
 from kvortex.doctor.drive import check_drive
 from kvortex.doctor.finding import Finding, Verdict
@@ -76,6 +76,7 @@ def test_a_file_in_the_place_of_the_folder_is_not_to_be_made_one(tmp_path: Path)
 def test_without_a_gpu_it_says_what_it_cannot_look_at(capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor", "--json"])
     findings = json.loads(capsys.readouterr().out)["findings"]
+    assert {each["subject"]: each["verdict"] for each in findings}["GPU"] in {"warn", "fail"}
     unseen = {each["subject"] for each in findings if each["verdict"] == "-"}
     assert {"PCIe", "link", "tuning", "disk"} <= unseen
 
@@ -91,6 +92,15 @@ def test_a_gpu_and_its_link_are_measured(capsys: pytest.CaptureFixture[str]) -> 
     assert by_subject["link 0"]["facts"]["store_gb_s"] > 1
     assert by_subject["link 0"]["facts"]["load_gb_s"] > 1
     assert len([each for each in findings if each["subject"].startswith("GPU")]) == len(gpus())
+
+
+def test_no_gpu_is_a_warning_that_scripts_can_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "DRIVER", tmp_path / "no driver")
+    finding = gpu.check_no_gpu()
+    assert finding.verdict is Verdict.WARN
+    assert finding.found == "no NVIDIA GPU that torch can use: there is no NVIDIA driver"
 
 
 def test_a_check_that_fails_itself_is_a_finding() -> None:

@@ -66,6 +66,12 @@ def container() -> dict[str, Any]:
     return dict(only)
 
 
+def environment(name: str) -> str:
+    """A variable of the pod's container."""
+    (value,) = (str(each["value"]) for each in container()["env"] if each["name"] == name)
+    return value
+
+
 def arguments(kind: str) -> list[str]:
     found: list[str] = compose()["command"] if kind == "compose" else container()["args"]
     return found
@@ -136,6 +142,7 @@ def test_compose_has_room_for_the_pool() -> None:
     mounts = [volume.partition(":")[2] for volume in service["volumes"]]
     assert extra["disk_path"] in mounts
     assert service["environment"]["XDG_CACHE_HOME"] in mounts
+    assert service["environment"]["HF_HOME"] in mounts
 
 
 def test_pod_has_room_for_the_pool() -> None:
@@ -144,10 +151,19 @@ def test_pod_has_room_for_the_pool() -> None:
     (shm,) = (v["emptyDir"] for v in pod()["volumes"] if v["name"] == "shm")
     room = gib(one["resources"]["limits"]["memory"]) - gib(shm["sizeLimit"])
     assert room > extra["ram_pool_gb"]
-    (claim,) = manifests()["StatefulSet"]["spec"]["volumeClaimTemplates"]
-    assert gib(claim["spec"]["resources"]["requests"]["storage"]) > extra["disk_pool_gb"]
+    kv, models = manifests()["StatefulSet"]["spec"]["volumeClaimTemplates"]
+    assert gib(kv["spec"]["resources"]["requests"]["storage"]) > extra["disk_pool_gb"]
     mounts = {mount["name"]: mount["mountPath"] for mount in one["volumeMounts"]}
-    assert mounts == {claim["metadata"]["name"]: extra["disk_path"], "shm": "/dev/shm"}
+    assert mounts == {
+        kv["metadata"]["name"]: extra["disk_path"],
+        models["metadata"]["name"]: environment("HF_HOME"),
+        "shm": "/dev/shm",
+    }
+
+
+def test_pod_may_download_a_gated_model_but_open_ones_need_no_secret() -> None:
+    (token,) = (each for each in container()["env"] if each["name"] == "HF_TOKEN")
+    assert token["valueFrom"]["secretKeyRef"]["optional"] is True
 
 
 def test_manifests_name_each_other() -> None:

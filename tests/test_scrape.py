@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
 
 from kvortex.cli import main
-from kvortex.scrape import Scrape, metrics_url, scrape
+from kvortex.scrape import Scrape, ScrapeError, metrics_url, scrape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +52,29 @@ def serving(text: str, status: int = 200) -> Iterator[str]:
             yield f"127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def saying(*pieces: bytes, again: float = 0) -> Iterator[str]:
+    """A server that answers with these bytes, the last of them again and again; its address."""
+    over = threading.Event()
+
+    def answer(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):  # once nobody listens
+            connection.recv(1 << 16)
+            connection.sendall(b"".join(pieces))
+            while again and not over.wait(again):
+                connection.sendall(pieces[-1])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, args=(listener,))
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            over.set()
             thread.join()
 
 
@@ -124,6 +147,14 @@ def test_a_server_that_was_started_anew_began_at_nothing() -> None:
     assert now.since(before).samples == now.samples
 
 
+def test_a_server_that_was_started_anew_may_be_busier_already() -> None:
+    before = Scrape.of("a_total 5\nprocess_start_time_seconds 1.7e9", 0)
+    now = Scrape.of("a_total 9\nprocess_start_time_seconds 1.70000001e9", 2)
+    assert now.since(before).samples == now.samples
+    same = Scrape.of("a_total 9\nprocess_start_time_seconds 1.7e9", 2)
+    assert same.since(before).total("a_total") == 4
+
+
 @pytest.mark.parametrize("url", ["host:8000", "http://host:8000/", "http://host:8000/metrics"])
 def test_an_address_may_be_short(url: str) -> None:
     assert metrics_url(url) == "http://host:8000/metrics"
@@ -137,6 +168,8 @@ def test_a_server_is_read() -> None:
 @pytest.mark.parametrize(
     ("text", "status", "words"),
     [
+        ("who are you?", 401, "answers 401: it wants a key"),
+        ("who are you?", 403, "answers 403: it wants a key"),
         ("no such page", 404, "answers 404: that is not vLLM's /metrics"),
         ("process_seconds_total 3", 200, "is not vLLM's: no metric there begins with vllm:"),
         ("<html>hello</html>", 200, "is not vLLM's"),
@@ -153,6 +186,38 @@ def test_what_is_no_server_of_ours_is_told_in_one_line(
     assert told.err.startswith("kvortex: ")
     assert words in told.err
     assert told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"Content-Length: 9999\r\n\r\n" + TEXT.encode(),
+        b"Content-Length: 9999\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\nfff\r\n" + TEXT.encode(),
+    ],
+    ids=["text", "nothing", "chunk"],
+)
+def test_an_answer_that_was_cut_off_is_not_believed(
+    body: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with saying(b"HTTP/1.1 200 OK\r\n", body) as address:
+        assert main(["top", address, "--once"]) == 1
+    told = f"kvortex: http://{address}/metrics: the answer was cut off\n"
+    assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "pieces",
+    [(b"HTTP/1.1 200 OK\r\n", b"x"), (b"HTTP/1.1 200 OK\r\n\r\n", b"x 1\n")],
+    ids=["headers", "body"],
+)
+def test_a_server_that_drips_is_not_waited_for(pieces: tuple[bytes, ...]) -> None:
+    with (
+        saying(*pieces, again=0.1) as address,
+        pytest.raises(ScrapeError, match="not all of it came within"),
+    ):
+        scrape(address, timeout_s=0.5)
 
 
 def test_nobody_there_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,13 @@ def test_since_start() -> None:
     assert "NO FAILURES" not in lines
 
 
+def test_slots_stand_under_no_heading_that_is_not_theirs() -> None:
+    lines = View.of(Scrape.of(FIRST + "vllm:kvortex_disk_slots 9\n", 5)).lines()
+    headings = next(number for number, line in enumerate(lines) if "per second" in line)
+    (host, disk) = (number for number, line in enumerate(lines) if "slots in use" in line)
+    assert host < disk < headings
+
+
 def test_of_late() -> None:
     lines = lines_of(View.of(Scrape.of(SECOND, 10), Scrape.of(FIRST, 5)))
     assert lines["asked for"].startswith("200 2.00 k")

@@ -68,7 +68,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     from kvortex.disk.tool import verify
 
     verified = verify(arguments.path, draw)
-    print(json.dumps(verified.as_dict()) if arguments.json else verified)
+    if arguments.json:
+        print(json.dumps(verified.as_dict()))
+    else:
+        nothing = not (verified.caches or verified.unreadable or verified.disturbed)
+        print(f"no caches in {arguments.path}" if nothing else verified)
     _complain(verified.unreadable)
     return outcome.OK if verified.is_whole else outcome.FAILED
 

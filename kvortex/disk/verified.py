@@ -21,6 +21,8 @@ class Verdict(StrEnum):
 class Verified:
     """Blocks whose bytes are those that were written, and those whose are not."""
 
+    caches: int = 0
+    """That could be opened. Where there are none, that no block is bad says nothing."""
     good: int = 0
     corrupt: int = 0
     not_verifiable: int = 0

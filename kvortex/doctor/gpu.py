@@ -40,7 +40,9 @@ def gpus() -> list[torch.device]:
 def check_no_gpu() -> Finding:
     """Why torch sees none."""
     if not DRIVER.exists():
-        return Finding("GPU", Verdict.UNSEEN, f"{NO_GPU}: there is no NVIDIA driver")
+        # No failure: on a CPU it runs for tests and demonstrations. But scripts shall see it.
+        what = f"{NO_GPU}: there is no NVIDIA driver"
+        return Finding("GPU", Verdict.WARN, what, "in a container, start it with the GPU")
     if torch.version.cuda is None:
         what = f"an NVIDIA driver, but torch {torch.__version__} is built without CUDA"
         return Finding("GPU", Verdict.FAIL, what, "install torch and vLLM for CUDA")
