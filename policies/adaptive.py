@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .admission import SEEN_SHARE, AdmissionFilter
+from .contest import Contest
 from .ghosts import COUNT, SPREAD, Ghosts
-from .miniature import Miniature, Sample
 from .reuse import ReuseDistance
 
 if TYPE_CHECKING:
@@ -26,22 +26,8 @@ LEAST_PERIOD = 2000
 """Accesses between two decisions: the capacity divided by PERIOD_SHARE, or so many."""
 LAST_SAMPLE = 32
 """Last blocks of requests that must have been seen before they are judged."""
-SELDOM, AGAIN_ONLY, FITTING, ALL = range(4)
-"""The rules. What comes again all store but the first, which does so now and then; of what is new
-they store nothing, nothing, what was reckoned to fit, and everything."""
-LEADS = (1.1, 1.03, 1.0, 1.06)
-"""By which factor each must have more hits than the reckoning has, the more so the more it departs
-from it."""
-MEMORY = 0.95
-"""What a miniature's hits weigh after each decision. Both were found on four synthetic traces and
-one real one; on others of the same kinds, drawn anew, the loss against the best was up to 3 %."""
-LATELY = 0.5
-"""The same, of hits of late."""
-STAYS, LEAST_SHARE = 0.9, 0.1
-"""Hits that the pool must have for the first rule to stay in force: of the reckoning's, and of its
-own miniature's, or else it holds something else and by this rule would go on to do so."""
 TURN_SHARE, TURN_BITS = 8, 5
-"""Now and then: in one of 32 turns, each of the capacity divided by TURN_SHARE accesses. Which one
+"""Seldom is: in one of 32 turns, each of the capacity divided by TURN_SHARE accesses. Which one
 follows no period, for requests may have the same."""
 
 
@@ -69,15 +55,9 @@ class Adaptive(AdmissionFilter):
         self._reuse = ReuseDistance(capacity)
         self._seen = Ghosts(SEEN_SHARE * capacity)
         """Key to whether it was the last of its request."""
-        self._borders = [0, 0, POSITIONS, POSITIONS]
-        """For each rival how many leading blocks are stored at first sight."""
-        self._sample = Sample(capacity)
-        self._rivals = [Miniature(self._sample.blocks) for _ in self._borders]
-        self._hits = [0.0] * len(LEADS)
-        self._hits_lately = [0.0] * len(LEADS)
-        self._own_hits = self._own_hits_lately = 0.0
-        """Of the pool itself, for keys of the sample."""
-        self._in_force = FITTING
+        self._border = POSITIONS
+        """How many leading blocks fit, as was reckoned."""
+        self._contest = Contest(capacity)
         self._new = [0.0] * POSITIONS
         self._again = 0.0
         self._since = 0.0
@@ -85,9 +65,8 @@ class Adaptive(AdmissionFilter):
 
     def hit(self, key: bytes) -> None:
         self._reuse.access(key)
-        if key in self._sample:
-            self._own_hits += 1
-            self._try(key, AGAIN)
+        if key in self._contest.sample:
+            self._contest.access(key, self._stored(AGAIN), hit=True)
 
     def admit(self, key: bytes, place: Place) -> bool:
         self._reuse.access(key)
@@ -95,13 +74,13 @@ class Adaptive(AdmissionFilter):
             self._decide()
         was_last = self._seen.pop(key)
         position = min(place.position, POSITIONS - 1) if was_last is None else AGAIN
-        if key in self._sample:
-            self._try(key, position)
+        if key in self._contest.sample:
+            self._contest.access(key, self._stored(position), hit=False)
         if was_last is None:
             return self._admit_new(key, place, position)
         self._again += 1
         self._last_again += was_last
-        stored = self._stores(self._in_force, position)
+        stored = self._stored(position)[self._contest.in_force]
         if not stored:
             self._seen.put(key, was_last)
         return stored
@@ -113,18 +92,17 @@ class Adaptive(AdmissionFilter):
         if last and self._last_does_not_return():
             return False
         self._new[position] += 1
-        return self._stores(self._in_force, position)
+        return self._stored(position)[self._contest.in_force]
 
-    def _stores(self, rule: int, position: int) -> bool:
-        """Whether by one of the rules a block is stored that is not there."""
-        if position == AGAIN and rule == SELDOM:
-            turn = int(self._reuse.now * TURN_SHARE // self.capacity)
-            return (turn * SPREAD & COUNT) >> (32 - TURN_BITS) == 0
-        return position < self._borders[rule]
+    def _stored(self, position: int) -> tuple[bool, ...]:
+        """By each rule, in their order, whether a block is stored that is not there."""
+        if position == AGAIN:
+            return self._is_turn(), True, True, True
+        return False, False, position < self._border, True
 
-    def _try(self, key: bytes, position: int) -> None:
-        for rule, rival in enumerate(self._rivals):
-            rival.access(key, self._stores(rule, position))
+    def _is_turn(self) -> bool:
+        turn = int(self._reuse.now * TURN_SHARE // self.capacity)
+        return (turn * SPREAD & COUNT) >> (32 - TURN_BITS) == 0
 
     def _last_does_not_return(self) -> bool:
         """Seldom against what comes again of all new blocks."""
@@ -136,37 +114,13 @@ class Adaptive(AdmissionFilter):
     def _decide(self) -> None:
         """Reckon anew, and see who is ahead; older counts weigh half at each decision."""
         span = self._reuse.now - self._since
-        self._borders[FITTING] = self._fitting(span)
-        self._count_hits()
-        hits = self._hits
-        ahead = [n for n, lead in enumerate(LEADS) if hits[n] > lead * hits[FITTING]]
-        if SELDOM in ahead and not self._seldom_pays():
-            ahead.remove(SELDOM)
-        best = max(ahead, key=lambda n: hits[n], default=FITTING)
-        if best != FITTING or self._in_force == SELDOM or hits[FITTING] >= hits[self._in_force]:
-            self._in_force = best
+        self._border = self._fitting(span)
+        self._contest.decide()
         self._new = [new / 2 for new in self._new]
         self._again /= 2
         self._last_seen /= 2
         self._last_again /= 2
         self._since = self._reuse.now - span / 2
-
-    def _count_hits(self) -> None:
-        for number, rival in enumerate(self._rivals):
-            self._hits[number] = MEMORY * self._hits[number] + rival.hits
-            self._hits_lately[number] = LATELY * self._hits_lately[number] + rival.hits
-            rival.hits = 0
-        self._own_hits_lately = LATELY * self._own_hits_lately + self._own_hits
-        self._own_hits = 0
-
-    def _seldom_pays(self) -> bool:
-        """Of late, too; and where it is in force, to the pool itself: its miniature may have kept
-        what the pool has not."""
-        lately = self._hits_lately
-        if self._in_force == SELDOM:
-            least = max(STAYS * lately[FITTING], LEAST_SHARE * lately[SELDOM])
-            return self._own_hits_lately > least
-        return lately[SELDOM] > LEADS[SELDOM] * lately[FITTING]
 
     def _fitting(self, span: float) -> int:
         """How many leading blocks the pool can keep, by what came in the last `span` accesses."""

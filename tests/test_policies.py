@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sequences import up_to
 
 from kvortex.plugins import load_policy, policy_names
-from kvortex.policies import ADMISSIONS, Place, adaptive
+from kvortex.policies import ADMISSIONS, Place, contest
 from kvortex.policies.adaptive import Adaptive
 from kvortex.policies.ghosts import Ghosts
 from kvortex.policies.miniature import MOST_BLOCKS, Miniature, Sample
@@ -666,7 +666,7 @@ def test_what_is_used_enters_every_miniature_but_that_which_hardly_stores() -> N
     admission.admit(b"a", Place())
     for _ in range(3):
         admission.hit(b"b")
-    assert [rival.hits for rival in admission._rivals] == [0, 2, 2, 2]
+    assert [rival.hits for rival in admission._contest.rivals] == [0, 2, 2, 2]
 
 
 def test_what_comes_again_enters_every_miniature_but_that_which_hardly_stores() -> None:
@@ -674,7 +674,7 @@ def test_what_comes_again_enters_every_miniature_but_that_which_hardly_stores() 
     for key in (b"a", b"b", b"b"):
         admission.admit(key, Place(0, 9))
     admission.hit(b"b")
-    assert [rival.hits for rival in admission._rivals] == [0, 1, 2, 2]
+    assert [rival.hits for rival in admission._contest.rivals] == [0, 1, 2, 2]
 
 
 def test_adaptive_stores_the_end_of_a_long_request() -> None:
@@ -746,6 +746,6 @@ def test_adaptive_stores_nothing_new_while_that_has_more_hits() -> None:
 def test_adaptive_gives_half_of_the_pool_to_the_new(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less twice what comes again in the usual wait."""
     assert flood(8000, returning=False) == [True] * 4 + [False] * 4
-    monkeypatch.setattr(adaptive, "LEADS", (math.inf, math.inf, 1, math.inf))  # the reckoning alone
+    monkeypatch.setattr(contest, "LEADS", (math.inf, math.inf, 1, math.inf))  # the reckoning alone
     half = 3756 * (2 * 4 / 12 + 4.5 / 12)  # of twelve accesses four come again
     assert flood(int(2 * half), returning=True) == [True] * 4 + [False] * 4
