@@ -330,7 +330,7 @@ def test_inspect_and_verify_and_clear(
     }
     assert main(["disk", "verify", "--json", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out) == {
-        "caches": 1,
+        "caches_read": 1,
         "good": 2,
         "corrupt": 0,
         "not_verifiable": 0,

@@ -71,7 +71,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(verified.as_dict()))
     else:
-        nothing = not (verified.caches or verified.unreadable or verified.disturbed)
+        nothing = not (verified.caches_read or verified.unreadable or verified.disturbed)
         print(f"no caches in {arguments.path}" if nothing else verified)
     _complain(verified.unreadable)
     return outcome.OK if verified.is_whole else outcome.FAILED

@@ -73,7 +73,7 @@ def verify(path: Path, progress: Callable[[int, int], None]) -> Verified:
     missed = {(info.namespace, info.rank) for info in seen.caches}
     with _opened(path) as root:
         for namespace, rank, folder in _folders(path, root, verified.unreadable):
-            verified.caches += 1
+            verified.caches_read += 1
             verified.disturbed |= (namespace, rank) not in missed
             missed.discard((namespace, rank))
             contents = Contents(folder, namespace, rank)

@@ -21,7 +21,7 @@ class Verdict(StrEnum):
 class Verified:
     """Blocks whose bytes are those that were written, and those whose are not."""
 
-    caches: int = 0
+    caches_read: int = 0
     """That could be opened. Where there are none, that no block is bad says nothing."""
     good: int = 0
     corrupt: int = 0
