@@ -231,14 +231,16 @@ def test_a_disk_no_larger_than_host_memory_is_told(
     assert "serves after a restart only" in disk
 
 
+HALF_WINDOWED = LLAMA | {
+    "layer_types": ["sliding_attention", "full_attention"] * 16,
+    "sliding_window": 1024,
+}
+
+
 def test_a_window_bounds_what_a_sequence_keeps_and_loads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = LLAMA | {
-        "layer_types": ["sliding_attention", "full_attention"] * 16,
-        "sliding_window": 1024,
-    }
-    plan = planned(capsys, written(tmp_path, **settings), "--gpu-memory", "16")
+    plan = planned(capsys, written(tmp_path, **HALF_WINDOWED), "--gpu-memory", "16")
     whole, window = 32768 // 16, 1024 // 16
     assert plan["gpu_tokens"] == plan["gpu_blocks"] // 2 * 16
     kept = (1023 + 2 * 8192 + 15) // 16 + 1
@@ -251,11 +253,7 @@ def test_a_window_bounds_what_a_sequence_keeps_and_loads(
 def test_a_sequence_shorter_than_a_batch_is_kept_whole_in_every_group(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = LLAMA | {
-        "layer_types": ["sliding_attention", "full_attention"] * 16,
-        "sliding_window": 1024,
-    }
-    plan = planned(capsys, written(tmp_path, **settings), "--gpu-memory", "1")
+    plan = planned(capsys, written(tmp_path, **HALF_WINDOWED), "--gpu-memory", "1")
     assert plan["gpu_blocks"] == 1024
     assert plan["gpu_longest_sequence"] == (1024 - 2) // 2 * 16  # vLLM's own, and a window's end
 
