@@ -101,7 +101,7 @@ class Adaptive(AdmissionFilter):
         return False, False, position < self._border, True
 
     def _is_turn(self) -> bool:
-        turn = int(self._reuse.now * TURN_SHARE // self.capacity)
+        turn = int(self._reuse.now * TURN_SHARE // max(1, self.capacity))
         return (turn * SPREAD & COUNT) >> (32 - TURN_BITS) == 0
 
     def _last_does_not_return(self) -> bool:

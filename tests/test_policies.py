@@ -661,6 +661,12 @@ def test_adaptive_judges_last_blocks_once_32_were_seen(one_in: int, stored: bool
     assert set(answers[31:]) == {stored}
 
 
+def test_adaptive_bears_a_pool_of_nothing() -> None:
+    admission = Adaptive(0)
+    admission.admit(b"a", Place())
+    admission.hit(b"a")
+
+
 def test_what_is_used_enters_every_miniature_but_that_which_hardly_stores() -> None:
     admission = Adaptive(1)
     admission.admit(b"a", Place())
